@@ -1,0 +1,295 @@
+"""Builder: the registries that plugins fill, and Layout → HybridLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench import config as configs
+from workbench.costs import Costs
+from workbench.data import DataSource
+from workbench.discovery import Plugins, discover, run_hooks
+from workbench.errors import FieldError, WorkbenchError
+from workbench.exporter import Exporter
+from workbench.layer import Layer
+from workbench.layout import Block, Layout, Named
+from workbench.metric import STAGES, Metric
+from workbench.model import HybridLM
+from workbench.placement import Placement
+from workbench.preset import Preset
+from workbench.quantizer import QuantizationReport, Quantizer, num_bytes
+from workbench.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockCosts:
+    """One row of `LayoutCosts`: a block, its layer's exact costs, its norm, its stored bytes."""
+
+    layer: str
+    costs: Costs
+    norm_parameters: int
+    weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutCosts:
+    """Exact costs of a layout, from the input up.
+
+    Attributes:
+        embedding, head, norm: parameters outside the blocks (the head is 0 when tied).
+        blocks: one row a block.
+        total: everything together; `total.parameters` counts tied weights once.
+        weight_bytes: weights as stored, quantized blocks at their stored size.
+        length: context length that FLOPs and state bytes are given at.
+    """
+
+    embedding: int
+    head: int
+    norm: int
+    blocks: tuple[BlockCosts, ...]
+    total: Costs
+    weight_bytes: int
+    length: int
+
+
+class Builder:
+    """What is registered, and how a Layout becomes a model.
+
+    Attributes:
+        layers, placements, quantizers, metrics, data_sources, exporters, presets: registries.
+        plugins: which plugins were found and which failed.
+    """
+
+    def __init__(self, plugins: Plugins) -> None:
+        self.plugins = plugins
+        failures = plugins.failures
+        self.layers = Registry[type[Layer]]("layer", _check_layer, failures)
+        self.placements = Registry[type[Placement]]("placement", _check(Placement), failures)
+        self.quantizers = Registry[type[Quantizer]]("quantizer", _check(Quantizer), failures)
+        self.metrics = Registry[type[Metric]]("metric", _check_metric, failures)
+        self.data_sources = Registry[type[DataSource]]("data source", _check(DataSource), failures)
+        self.exporters = Registry[type[Exporter]]("exporter", _check(Exporter), failures)
+        self.presets = Registry[Preset]("preset", _check_preset, failures)
+        for kind, registry in self.registries().items():
+            run_hooks(plugins, f"register_{kind}", registry.register_for)
+        self._weight_bytes: dict[str, int] = {}
+
+    @classmethod
+    def load(cls, plugin_dirs: Iterable[str | Path] = ()) -> Builder:
+        """A builder with every installed plugin and those of the given folders."""
+        return cls(discover(plugin_dirs))
+
+    def registries(self) -> dict[str, Registry[Any]]:
+        """The registries by hook suffix (`layers`, `placements`, …)."""
+        return {
+            "layers": self.layers,
+            "placements": self.placements,
+            "quantizers": self.quantizers,
+            "metrics": self.metrics,
+            "data_sources": self.data_sources,
+            "exporters": self.exporters,
+            "presets": self.presets,
+        }
+
+    # Layout → Layout
+
+    def resolve(self, layout: Layout) -> Layout:
+        """The layout with every name known, every default written out and every check passed.
+
+        Raises:
+            UnknownNameError, FieldError: with the block and the field to change.
+        """
+        blocks = []
+        for index, block in enumerate(layout.blocks):
+            where = f"blocks[{index}] ({block.layer})"
+            layer = self.layers[block.layer]
+            config = _located(where, configs.from_dict, layer.Config, block.config)
+            _located(where, layer.check, layout.d_model, config)
+            blocks.append(
+                Block(
+                    layer=block.layer,
+                    config=configs.to_dict(config),
+                    quantizer=self._resolve_quantizer(block.quantizer, where),
+                )
+            )
+        return layout.replace(blocks=tuple(blocks))
+
+    def _resolve_quantizer(self, quantizer: Named | None, where: str) -> Named | None:
+        if quantizer is None:
+            return None
+        config_class = self.quantizers[quantizer.name].Config
+        config = _located(f"{where}.quantizer", configs.from_dict, config_class, quantizer.config)
+        return Named(name=quantizer.name, config=configs.to_dict(config))
+
+    def pattern(self, layout: Layout) -> str:
+        """One glyph a block, from the input up."""
+        return layout.pattern({name: self.layers[name].glyph for name in self.layers})
+
+    # Layout → HybridLM
+
+    def build(
+        self,
+        layout: Layout,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> HybridLM:
+        """A freshly initialised model, its blocks not quantized (see `quantize`).
+
+        Args:
+            device: `"meta"` allocates nothing and initialises nothing.
+            seed: of the initial weights; torch's global generator is left untouched.
+
+        Raises:
+            UnknownNameError, FieldError: as `resolve`.
+        """
+        layout = self.resolve(layout)
+        factory: dict[str, Any] = {"device": torch.device(device), "dtype": dtype}
+        layers = [self._layer(layout.d_model, block, **factory) for block in layout.blocks]
+        model = HybridLM(layout, layers, **factory)
+        if model.device.type != "meta":
+            devices = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                model.reset_parameters()
+        return model
+
+    def _layer(self, d_model: int, block: Block, **factory: Any) -> Layer:
+        layer = self.layers[block.layer]
+        return layer(d_model, configs.from_dict(layer.Config, block.config), **factory)
+
+    def quantize(self, model: HybridLM) -> list[QuantizationReport | None]:
+        """Store the weights of each block as its layout says, in place; a report a block."""
+        reports: list[QuantizationReport | None] = []
+        for block, layer in zip(model.layout.blocks, model.layers, strict=True):
+            reports.append(None if block.quantizer is None else self._quantize(block, layer))
+        return reports
+
+    def _quantize(self, block: Block, layer: Layer) -> QuantizationReport:
+        assert block.quantizer is not None
+        quantizer = self.quantizers[block.quantizer.name]
+        config: Any = configs.from_dict(quantizer.Config, block.quantizer.config)
+        return quantizer.quantize(layer, config)
+
+    # Layout → figures
+
+    def costs(self, layout: Layout, *, length: int, bytes_per_element: int = 4) -> LayoutCosts:
+        """Exact costs at a context of `length` tokens, one sequence; allocates nothing.
+
+        Args:
+            bytes_per_element: of weights that no quantizer stores, activations and caches.
+        """
+        layout = self.resolve(layout)
+        norm = layout.d_model * (1 if layout.norm == "rmsnorm" else 2)
+        rows = []
+        for block in layout.blocks:
+            layer = self.layers[block.layer]
+            costs = layer.costs(
+                layout.d_model,
+                configs.from_dict(layer.Config, block.config),
+                length=length,
+                bytes_per_element=bytes_per_element,
+            )
+            stored = self._block_bytes(layout.d_model, block, costs, bytes_per_element)
+            rows.append(
+                BlockCosts(
+                    layer=block.layer,
+                    costs=costs,
+                    norm_parameters=norm,
+                    weight_bytes=stored + norm * bytes_per_element,
+                )
+            )
+        return _total(layout, norm, tuple(rows), length, bytes_per_element)
+
+    def _block_bytes(self, d_model: int, block: Block, costs: Costs, bytes_per_element: int) -> int:
+        if block.quantizer is None:
+            return costs.parameters * bytes_per_element
+        key = f"{d_model} {bytes_per_element} {block.to_dict()}"
+        if key not in self._weight_bytes:
+            dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[bytes_per_element]
+            layer = self._layer(d_model, block, device=torch.device("meta"), dtype=dtype)
+            self._quantize(block, layer)
+            self._weight_bytes[key] = num_bytes(layer)
+        return self._weight_bytes[key]
+
+
+def _total(
+    layout: Layout, norm: int, rows: tuple[BlockCosts, ...], length: int, bytes_per_element: int
+) -> LayoutCosts:
+    embedding = layout.vocab_size * layout.d_model
+    head = 0 if layout.tie_embeddings else embedding
+    outside = embedding + head + norm
+    head_flops = 2 * layout.vocab_size * layout.d_model
+    total = Costs(
+        parameters=outside,
+        forward_flops=head_flops * length,
+        decode_flops=head_flops,
+    )
+    for row in rows:
+        total = total + row.costs + Costs(parameters=row.norm_parameters)
+    return LayoutCosts(
+        embedding=embedding,
+        head=head,
+        norm=norm,
+        blocks=rows,
+        total=total,
+        weight_bytes=outside * bytes_per_element + sum(row.weight_bytes for row in rows),
+        length=length,
+    )
+
+
+def _located(where: str, function: Any, *arguments: Any) -> Any:
+    """Call `function`; an error of the user's names where in the layout it lies."""
+    try:
+        return function(*arguments)
+    except FieldError as error:
+        raise error.within(where) from None
+    except WorkbenchError as error:
+        raise FieldError(where, str(error)) from None
+
+
+def _check(base: type) -> Any:
+    def check(thing: Any) -> None:
+        if not (isinstance(thing, type) and issubclass(thing, base)):
+            raise TypeError(f"register a subclass of workbench.{base.__name__}, not {thing!r}")
+        configs.fields_of(thing.Config)  # type: ignore[attr-defined]
+        missing: frozenset[str] = getattr(thing, "__abstractmethods__", frozenset())
+        if missing:
+            raise TypeError(f"{thing.__qualname__} lacks {', '.join(sorted(missing))}")
+
+    return check
+
+
+def _check_layer(thing: Any) -> None:
+    _check(Layer)(thing)
+    if thing.kind not in ("attention", "recurrent", "mlp"):
+        raise TypeError(
+            f"{thing.__qualname__}.kind is {thing.kind!r}: use 'attention', 'recurrent' or 'mlp'"
+        )
+    if len(thing.glyph) != 1:
+        raise TypeError(f"{thing.__qualname__}.glyph is {thing.glyph!r}: use one character")
+
+
+def _check_metric(thing: Any) -> None:
+    _check(Metric)(thing)
+    if getattr(thing, "stage", None) not in STAGES:
+        raise TypeError(f"{thing.__qualname__}.stage must be one of {', '.join(STAGES)}")
+    if thing.direction not in ("minimize", "maximize"):
+        raise TypeError(f"{thing.__qualname__}.direction must be 'minimize' or 'maximize'")
+
+
+def _check_preset(thing: Any) -> None:
+    if not isinstance(thing, Preset):
+        raise TypeError(f"register a workbench.Preset, not {thing!r}")
+
+
+@lru_cache(maxsize=8)
+def default_builder(plugin_dirs: tuple[str, ...] = ()) -> Builder:
+    """The builder that the command line and `import workbench` use, loaded once a process."""
+    return Builder.load(plugin_dirs)

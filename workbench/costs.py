@@ -1,0 +1,44 @@
+"""Exact costs of layers and layouts: parameters, FLOPs, bytes. No torch, no measuring.
+
+FLOPs count a multiply-add as two. Formulas follow the table in docs/costs.md; tests hold them
+against built modules and torch's FlopCounterMode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What one layer costs for one sequence, given a context length.
+
+    Attributes:
+        parameters: every trainable number of the layer.
+        active_parameters: those that one token uses (fewer in a mixture of experts).
+        forward_flops: a full forward over `length` tokens.
+        decode_flops: one decode step with `length` tokens of context before it.
+        state_bytes: what the layer keeps between tokens after `length` tokens.
+        decode_state_bytes: state read and written by that decode step.
+    """
+
+    parameters: int = 0
+    active_parameters: int | None = None
+    forward_flops: int = 0
+    decode_flops: int = 0
+    state_bytes: int = 0
+    decode_state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.active_parameters is None:
+            object.__setattr__(self, "active_parameters", self.parameters)
+
+    def __add__(self, other: Costs) -> Costs:
+        return Costs(
+            **{
+                field.name: getattr(self, field.name) + getattr(other, field.name)
+                for field in dataclasses.fields(self)
+            }
+        )

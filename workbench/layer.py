@@ -1,0 +1,156 @@
+"""The Layer contract: what every mixer and MLP is, whoever wrote it.
+
+Shape suffixes: B batch, T tokens in this call, D d_model.
+
+A layer is an `nn.Module` from `[batch, length, d_model]` to the same shape. It owes:
+
+- `forward(x_BTD, context)`: a whole sequence, differentiable, causal.
+- `forward(x_BTD, context, state)`: the same, continuing from `state` and updating it in place
+  (prefill; a prompt may come in several calls).
+- `step(x_BD, state)`: one token a sequence, equal to the forward at that position.
+- `init_state(...)`: an empty state for a batch.
+- `costs(d_model, config, length=...)`: exact, without building anything.
+- `reset_parameters()`: its published initialisation; the constructor only allocates, so that a
+  layer can be built on the meta device.
+
+`workbench.testing.LayerContract` checks all of it on any layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from workbench.config import NoConfig
+from workbench.costs import Costs
+
+Kind = Literal["attention", "recurrent", "mlp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """All that a layer may know of the batch besides its activations. None means 'all plain'.
+
+    Attributes:
+        attention_mask_BT: bool, False where a token is padding. Padding must influence no other
+            token; outputs at padding are unspecified (but finite).
+        seq_idx_BT: int32, non-decreasing along T: the document of each token in a packed row.
+            Nothing may pass from one document to another.
+        prefix_lengths_B: int, how many first tokens of each row attention sees in both
+            directions (prefix-LM); only for calls that start at the row's first token.
+    """
+
+    attention_mask_BT: Tensor | None = None
+    seq_idx_BT: Tensor | None = None
+    prefix_lengths_B: Tensor | None = None
+
+    def mask_padding(self, x_BTD: Tensor) -> Tensor:
+        """`x_BTD` with zeros at padding: what recurrent layers must take in."""
+        if self.attention_mask_BT is None:
+            return x_BTD
+        return x_BTD * self.attention_mask_BT[..., None].to(x_BTD.dtype)
+
+
+PLAIN = Context()
+
+
+@dataclasses.dataclass
+class State:
+    """What a layer carries from token to token; subclasses add tensors whose dim 0 is the batch.
+
+    The base class itself is the state of a layer that carries nothing.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by field name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, all sequences of the batch together."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def select(self, indices_B: Tensor) -> Self:
+        """A state of the given rows, copied (beam search reorders with it)."""
+        rows = {name: tensor.index_select(0, indices_B) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **rows)
+
+
+class Layer(nn.Module):
+    """Base class of every layer type; see the module's docstring for the contract.
+
+    Class attributes to set:
+        Config: a frozen, keyword-only dataclass with a search range on each field worth searching.
+        kind: `"attention"` (state grows with the context), `"recurrent"` (bounded state) or
+            `"mlp"` (no mixing along the sequence).
+        glyph: one character for layout patterns.
+        reference: the paper or implementation it follows.
+        keep_precision: linear submodules that quantizers must leave alone, name → why.
+        output_projection: name of the linear that writes to the residual stream; its initial
+            weights are scaled down with depth. None for no such linear.
+    """
+
+    Config: ClassVar[type] = NoConfig
+    kind: ClassVar[Kind] = "recurrent"
+    glyph: ClassVar[str] = "?"
+    reference: ClassVar[str] = ""
+    keep_precision: ClassVar[Mapping[str, str]] = {}
+    output_projection: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        d_model: int,
+        config: Any,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.config = config
+
+    @classmethod
+    def check(cls, d_model: int, config: Any) -> None:
+        """Refuse a combination that cannot be built.
+
+        Raises:
+            FieldError: names the field to change and a value that works.
+        """
+
+    @classmethod
+    def costs(cls, d_model: int, config: Any, *, length: int, bytes_per_element: int = 4) -> Costs:
+        """Exact costs for one sequence at a context of `length` tokens.
+
+        Args:
+            bytes_per_element: of activations and caches (not of weights).
+        """
+        raise NotImplementedError(f"{cls.__qualname__}.costs")
+
+    def reset_parameters(self) -> None:
+        """Initialise what is not a plain linear, in place; linears are done by the model."""
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """An empty state for `batch_size` sequences of at most `max_length` tokens."""
+        return State()
+
+    def forward(
+        self, x_BTD: Tensor, context: Context = PLAIN, state: State | None = None
+    ) -> Tensor:
+        """Outputs for all positions; with a state, continue from it and update it in place."""
+        raise NotImplementedError(f"{type(self).__qualname__}.forward")
+
+    def step(self, x_BD: Tensor, state: Any) -> Tensor:
+        """One token a sequence, `[B, D]` to `[B, D]`, updating `state` in place."""
+        return self.forward(x_BD[:, None], PLAIN, state)[:, 0]
