@@ -3,7 +3,7 @@
     import workbench
     layout = workbench.load_layout("mamba-130m")     # a preset, a JSON file or STUDY:TRIAL
     print(workbench.describe(layout))                # exact parameters, FLOPs, bytes: a row a block
-    model = workbench.build(layout)                  # torch module: tokens [B, T] to logits [B, T, V]
+    model = workbench.build(layout)                  # torch module: [B, T] → [B, T, V]
 
     study = workbench.load_study("quickstart")
     study.frame()                                    # a row a trial

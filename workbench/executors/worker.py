@@ -1,0 +1,98 @@
+"""The worker process: reads jobs from standard input, answers on its first standard output.
+
+Both ways a JSON object a line. Whatever plugins print goes to the trial's log instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+from workbench.errors import WorkbenchError
+from workbench.executors.base import Job
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    log = sys.stderr.fileno()
+    os.dup2(log, 1)
+    requests = _Requests(sys.stdin)
+    first = requests.next()
+    try:
+        place = _open(Job.from_dict(first))
+    except WorkbenchError as error:
+        _send(answers, {"failed": str(error)})
+        return
+    _send(answers, {"ready": os.getpid()})
+    while (request := requests.next()) is not None:
+        _send(answers, {"verdict": _serve(place, request, answers)})
+
+
+def _open(job: Job) -> Any:
+    import torch
+
+    from workbench.builder import default_builder
+    from workbench.trial import Workplace
+
+    limits = job.config.budget
+    if limits.memory_gb is not None:
+        import resource
+
+        allowed = int(limits.memory_gb * 1e9)
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    if job.config.runtime.threads is not None:
+        torch.set_num_threads(job.config.runtime.threads)
+    builder = default_builder(job.config.plugin_dirs)
+    return Workplace(job.config, builder, job.device, job.cache_dir)
+
+
+def _serve(place: Any, request: dict[str, Any], answers: TextIO) -> dict[str, Any]:
+    from workbench.layout import Layout
+    from workbench.trial import judge
+
+    folder = Path(request["folder"])
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    layout = Layout.from_dict(request["layout"])
+    verdict = judge(place, layout, folder, lambda event: _send(answers, event))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return verdict.to_dict()
+
+
+def _send(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+class _Requests:
+    """Lines of standard input, read by a thread: a worker whose parent is gone ends at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: list[str] = []
+        self._arrived = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            with self._arrived:
+                self._lines.append(line)
+                self._arrived.notify()
+        os._exit(0)
+
+    def next(self) -> Any:
+        with self._arrived:
+            while not self._lines:
+                self._arrived.wait()
+            return json.loads(self._lines.pop(0))
+
+
+if __name__ == "__main__":
+    main()

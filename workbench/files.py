@@ -1,0 +1,53 @@
+"""Writing that is whole or not there: a temporary neighbour, then a rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import WorkbenchError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the name `path` when the block ends well.
+
+    Raises:
+        WorkbenchError: the file cannot be written (a full disk, say); nothing half-written stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON data to `path`, whole or not at all. NaN and infinity are refused."""
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON data in `path`.
+
+    Raises:
+        WorkbenchError: it cannot be read or is no JSON; names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkbenchError(f"cannot read {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise WorkbenchError(
+            f"{path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None

@@ -1,0 +1,95 @@
+"""Text from a model: prefill once, then step by step over the layers' states.
+
+Shape suffixes: B batch, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from workbench.config import Range
+from workbench.errors import FieldError
+from workbench.layer import PLAIN, Context
+from workbench.model import HybridLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    temperature: Annotated[float, Range(0.0, 10.0), "0 takes the most likely token"] = 0.8
+    top_k: Annotated[int | None, "only the k most likely tokens"] = None
+    top_p: Annotated[float, Range(0.0, 1.0), "the smallest set with this probability"] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise FieldError("temperature", f"must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise FieldError("top_k", f"must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise FieldError("top_p", f"must be above 0 and at most 1, got {self.top_p}")
+
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """One token id a row, `[B]`, drawn from `logits_BV`."""
+    if config.temperature == 0:
+        return logits_BV.argmax(-1)
+    scores_BV = logits_BV.float() / config.temperature
+    if config.top_k is not None and config.top_k < scores_BV.shape[-1]:
+        least_B1 = scores_BV.topk(config.top_k).values[:, -1:]
+        scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)
+    if config.top_p < 1:
+        ordered_BV, order_BV = scores_BV.sort(descending=True)
+        probability_BV = ordered_BV.softmax(-1)
+        beyond_BV = probability_BV.cumsum(-1) - probability_BV >= config.top_p
+        drop_BV = beyond_BV.scatter(-1, order_BV, beyond_BV)
+        scores_BV = scores_BV.masked_fill(drop_BV, -torch.inf)
+    return torch.multinomial(scores_BV.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def stream(
+    model: HybridLM,
+    prompt_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    config: SamplingConfig = GREEDY,
+    seed: int = 0,
+    context: Context = PLAIN,
+) -> Iterator[Tensor]:
+    """Yield the next token of every sequence, `[B]`, `max_new_tokens` times.
+
+    Args:
+        prompt_BT: int64 ids on the model's device, at least one token a row; shorter prompts are
+            padded on the left and masked in `context`.
+        seed: of the draws; greedy decoding needs none.
+
+    Raises:
+        FieldError: an empty prompt, or ids that the vocabulary does not have.
+    """
+    if prompt_BT.shape[1] == 0:
+        raise FieldError("prompt", "is empty: give at least one token")
+    if int(prompt_BT.max()) >= model.layout.vocab_size or int(prompt_BT.min()) < 0:
+        raise FieldError("prompt", f"token ids must be below {model.layout.vocab_size}")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    states = model.init_state(prompt_BT.shape[0], prompt_BT.shape[1] + max_new_tokens)
+    logits_BV = model.prefill(prompt_BT, states, context)
+    for index in range(max_new_tokens):
+        tokens_B = sample(logits_BV, config, generator)
+        yield tokens_B
+        if index + 1 < max_new_tokens:
+            logits_BV = model.step(tokens_B, states)
+
+
+def generate(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, **options: object) -> Tensor:
+    """Prompt and continuation, `[B, T + max_new_tokens]`; options as for `stream`."""
+    new = list(stream(model, prompt_BT, max_new_tokens, **options))  # type: ignore[arg-type]
+    return torch.cat([prompt_BT, *(tokens_B[:, None] for tokens_B in new)], dim=1)

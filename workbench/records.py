@@ -1,0 +1,297 @@
+"""Records: what studies and trials left behind, read-only. All that people look at comes from here.
+
+    runs/<study>/study.json          the study as it was started: its TOML, names and units resolved
+    runs/<study>/optuna.db           Optuna's storage (samplers read it; people need not)
+    runs/<study>/trials/00007/
+        trial.json                   outcome, metrics, parameters, environment, stage times
+        layout.json                  the resolved Layout
+        curve.jsonl                  a line a recorded step: step, tokens, seconds, loss, lr
+        model.safetensors            the weights as trained, before any quantizer
+        log.txt                      what the worker printed
+
+Neither torch nor Optuna is imported here; pandas only by the methods that give frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import UnknownNameError, WorkbenchError
+from workbench.files import read_json
+from workbench.layout import Layout
+from workbench.pareto import pareto_front
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OUTCOMES = {
+    "complete": "judged in every stage",
+    "duplicate": "the same layout as an earlier trial, whose figures it reuses",
+    "infeasible": "violates a constraint or cannot be built; rejected before its dear stages",
+    "diverged": "its loss became NaN or infinite",
+    "out_of_memory": "needed more memory than there is",
+    "timeout": "took longer than budget.trial_timeout",
+    "crashed": "its worker process died",
+    "error": "a layer, metric or data source raised",
+    "interrupted": "stopped by the user or with the whole run; runs again on resume",
+    "running": "not finished",
+}
+
+
+def runs_folder(runs: str | Path | None = None) -> Path:
+    """The folder that holds all studies: the argument, `WORKBENCH_RUNS`, or `./runs`."""
+    return Path(runs or os.environ.get("WORKBENCH_RUNS") or "runs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A metric that a study optimizes, with the unit and direction that its plugin declared."""
+
+    name: str
+    unit: str
+    direction: str
+
+    @property
+    def sign(self) -> float:
+        """1 to minimize, -1 to maximize."""
+        return 1.0 if self.direction == "minimize" else -1.0
+
+
+class Trial:
+    """One trial's record.
+
+    Attributes:
+        study: name of its study.
+        number: as Optuna counts, from 0.
+        path: its folder.
+        data: the content of `trial.json`.
+    """
+
+    def __init__(self, study: str, path: Path) -> None:
+        self.study = study
+        self.path = path
+        self.number = int(path.name)
+        self.data: dict[str, Any] = read_json(path / "trial.json")
+
+    def __repr__(self) -> str:
+        return f"<Trial {self.name} {self.outcome} {self.pattern}>"
+
+    @property
+    def name(self) -> str:
+        """`study:number`, as every command takes it."""
+        return f"{self.study}:{self.number}"
+
+    @property
+    def outcome(self) -> str:
+        """A key of `OUTCOMES`."""
+        return str(self.data["outcome"])
+
+    @property
+    def reason(self) -> str:
+        """Why it ended as it did; empty for a complete trial."""
+        return str(self.data.get("reason", ""))
+
+    @property
+    def pattern(self) -> str:
+        """One glyph a block; empty if no layout came about."""
+        return str(self.data.get("pattern", ""))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What the sampler chose."""
+        return dict(self.data.get("params", {}))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Measured figures by metric name, in the metric's unit."""
+        return dict(self.data.get("metrics", {}))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device and kernels of the process that judged it."""
+        return dict(self.data.get("environment", {}))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The resolved layout.
+
+        Raises:
+            WorkbenchError: the trial never got one (its parameters do not fit together).
+        """
+        path = self.path / "layout.json"
+        if not path.exists():
+            raise WorkbenchError(f"trial {self.name} has no layout: {self.reason or self.outcome}")
+        return Layout.read(path)
+
+    @property
+    def weights(self) -> Path:
+        """The trained weights.
+
+        Raises:
+            WorkbenchError: there are none; says why and what to do.
+        """
+        path = self.path / "model.safetensors"
+        if path.exists():
+            return path
+        original = self.data.get("duplicate_of")
+        advice = (
+            f"take {self.study}:{original}" if original is not None else "take a complete trial"
+        )
+        raise WorkbenchError(f"trial {self.name} ({self.outcome}) left no weights: {advice}.")
+
+    def curve(self) -> pd.DataFrame:
+        """The training curve: step, tokens, seconds, loss (nats a token), lr."""
+        import pandas as pd
+
+        path = self.path / "curve.jsonl"
+        rows = _json_lines(path) if path.exists() else []
+        return pd.DataFrame(rows, columns=["step", "tokens", "seconds", "loss", "lr"])
+
+
+class Study:
+    """One study's records.
+
+    Attributes:
+        name: its name.
+        path: its folder.
+        data: the content of `study.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = read_json(path / "study.json")
+        self.name: str = self.data["name"]
+
+    def __repr__(self) -> str:
+        return f"<Study {self.name} in {self.path}>"
+
+    @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What it optimizes, in the order of its file."""
+        return tuple(Objective(**item) for item in self.data["objectives"])
+
+    @property
+    def units(self) -> dict[str, str]:
+        """The unit of every metric that its trials record."""
+        return dict(self.data["units"])
+
+    def trials(self) -> list[Trial]:
+        """Every trial that left a record, by number."""
+        folder = self.path / "trials"
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [Trial(self.name, path) for path in paths if (path / "trial.json").exists()]
+
+    def trial(self, number: int) -> Trial:
+        """One trial.
+
+        Raises:
+            WorkbenchError: there is no such trial; says which there are.
+        """
+        path = self.path / "trials" / f"{number:05d}"
+        if not (path / "trial.json").exists():
+            numbers = [trial.number for trial in self.trials()]
+            known = f"0 to {numbers[-1]}" if numbers else "none yet"
+            raise WorkbenchError(f"study {self.name!r} has no trial {number}: known are {known}.")
+        return Trial(self.name, path)
+
+    def front_trials(self) -> list[Trial]:
+        """The complete trials that no other one dominates, by the first objective."""
+        complete = [trial for trial in self.trials() if trial.outcome == "complete"]
+        points = [
+            [objective.sign * trial.metrics[objective.name] for objective in self.objectives]
+            for trial in complete
+        ]
+        front = [complete[index] for index in pareto_front(points)]
+        first = self.objectives[0]
+        return sorted(front, key=lambda trial: first.sign * trial.metrics[first.name])
+
+    def frame(self) -> pd.DataFrame:
+        """A row a trial: number, outcome, reason, pattern, metrics, then `param.*` columns.
+
+        Metrics are in the units of `study.units`; indexed by trial number.
+        """
+        return self._frame(self.trials())
+
+    def front(self) -> pd.DataFrame:
+        """The rows of `frame()` that are Pareto-optimal, by the first objective."""
+        return self._frame(self.front_trials())
+
+    def _frame(self, trials: list[Trial]) -> pd.DataFrame:
+        import pandas as pd
+
+        rows = [
+            {
+                "number": trial.number,
+                "outcome": trial.outcome,
+                "reason": trial.reason,
+                "pattern": trial.pattern,
+                **trial.metrics,
+                "seconds": trial.data.get("seconds"),
+                "layout": trial.data.get("layout_hash"),
+                **{f"param.{name}": value for name, value in trial.params.items()},
+            }
+            for trial in trials
+        ]
+        columns = ["number", "outcome", "reason", "pattern"]
+        frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+        return frame.set_index("number")
+
+    def summary(self) -> dict[str, Any]:
+        """JSON facts for listings: name, path, objectives, trials by outcome."""
+        outcomes: dict[str, int] = {}
+        for trial in self.trials():
+            outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "description": self.data.get("description", ""),
+            "objectives": [dataclasses.asdict(objective) for objective in self.objectives],
+            "trials": sum(outcomes.values()),
+            "outcomes": outcomes,
+        }
+
+
+def list_studies(runs: str | Path | None = None) -> list[Study]:
+    """Every study in the runs folder, by name."""
+    folder = runs_folder(runs)
+    return [Study(path.parent) for path in sorted(folder.glob("*/study.json"))]
+
+
+def load_study(name: str | Path, runs: str | Path | None = None) -> Study:
+    """The records of a study, by name (or by the path of its folder).
+
+    Raises:
+        UnknownNameError: the runs folder has no such study.
+    """
+    folder = runs_folder(runs)
+    for path in (folder / str(name), Path(name)):
+        if (path / "study.json").exists():
+            return Study(path)
+    known = [study.name for study in list_studies(runs)]
+    raise UnknownNameError("study", str(name), known, f"Looked in {folder.resolve()}.")
+
+
+def load_trial(name: str, runs: str | Path | None = None) -> Trial:
+    """The record of a trial named `STUDY:NUMBER`.
+
+    Raises:
+        WorkbenchError: malformed, or no such study or trial.
+    """
+    study, separator, number = name.rpartition(":")
+    if not separator or not number.isdigit():
+        raise WorkbenchError(f"{name!r} names no trial: write STUDY:NUMBER, such as quickstart:7.")
+    return load_study(study, runs).trial(int(number))
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)

@@ -1,0 +1,132 @@
+"""Optuna's side of a study: storage, sampler, ask and tell. One process writes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import warnings
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from workbench.errors import FieldError, WorkbenchError
+from workbench.records import Objective
+
+DEFAULT_SAMPLER = "optuna.samplers.TPESampler"
+DEFAULT_ARGUMENTS = {"multivariate": True, "group": True}
+RETRY_OF = "retry_of"
+ATTEMPT = "attempt"
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def open_storage(folder: Path, name: str, objectives: tuple[Objective, ...]) -> optuna.Study:
+    """The study in `folder/optuna.db`, made if it is not there.
+
+    Raises:
+        WorkbenchError: the storage cannot be opened, or holds a study of other directions.
+    """
+    url = f"sqlite:///{folder / 'optuna.db'}"
+    try:
+        study = optuna.create_study(
+            study_name=name,
+            storage=url,
+            directions=[StudyDirection[objective.direction.upper()] for objective in objectives],
+            load_if_exists=True,
+        )
+    except Exception as error:
+        raise WorkbenchError(f"cannot open the storage {folder / 'optuna.db'}: {error}") from None
+    directions = [direction.name.lower() for direction in study.directions]
+    if directions != [objective.direction for objective in objectives]:
+        raise WorkbenchError(f"{folder / 'optuna.db'} holds a study of other objectives.")
+    study.set_metric_names([objective.name for objective in objectives])
+    return study
+
+
+def make_sampler(table: Mapping[str, Any], seed: int) -> BaseSampler:
+    """The sampler of a study's `[sampler]` table.
+
+    Args:
+        table: `class` is an import string; the other keys are passed to it. Without a class:
+            `TPESampler(multivariate=True, group=True)`.
+        seed: passed as `seed` where the class takes one and the table gives none.
+
+    Raises:
+        FieldError: no such class, no sampler, or arguments that it refuses.
+    """
+    arguments = dict(table)
+    name = arguments.pop("class", None)
+    if name is None:
+        name, arguments = DEFAULT_SAMPLER, {**DEFAULT_ARGUMENTS, **arguments}
+    module, _, attribute = str(name).rpartition(".")
+    try:
+        sampler_class = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FieldError(
+            "sampler.class",
+            f"{name!r} cannot be imported ({error}): give a full name such as {DEFAULT_SAMPLER}",
+        ) from None
+    if not (isinstance(sampler_class, type) and issubclass(sampler_class, BaseSampler)):
+        raise FieldError("sampler.class", f"{name!r} is no optuna sampler")
+    if "seed" in inspect.signature(sampler_class).parameters:
+        arguments.setdefault("seed", seed)
+    with warnings.catch_warnings():
+        # group and multivariate are experimental in Optuna, and this product's measured default.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            return sampler_class(**arguments)
+        except (TypeError, ValueError) as error:
+            raise FieldError("sampler", f"{name} refuses its arguments: {error}") from None
+
+
+def derived_seed(seed: int, count: int) -> int:
+    """A 32-bit seed for the `count`-th suggestion of a study: the same after a resume."""
+    digest = hashlib.sha256(f"{seed}:{count}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def ask(study: optuna.Study, table: Mapping[str, Any], seed: int) -> optuna.Trial:
+    """The next trial, suggested by a sampler that is seeded by its number alone.
+
+    A study that is stopped and resumed therefore suggests what it would have without the stop:
+    runs again after a fault are not counted.
+    """
+    trials = study.get_trials(deepcopy=False)
+    count = sum(RETRY_OF not in trial.user_attrs for trial in trials)
+    study.sampler = make_sampler(table, derived_seed(seed, count))
+    return study.ask()
+
+
+def tell(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    state: TrialState,
+    values: list[float] | None,
+    constraints: Mapping[str, float],
+) -> None:
+    """Report a trial's end, its constraints first."""
+    for name, violation in constraints.items():
+        trial.set_constraint(name, violation)
+    study.tell(trial.number, values, state)
+
+
+def enqueue_retry(study: optuna.Study, failed: FrozenTrial, retries: int) -> bool:
+    """Queue a faulted trial's parameters again, once; False when its retries are used up."""
+    attempt = int(failed.user_attrs.get(ATTEMPT, 0)) + 1
+    if attempt > retries:
+        return False
+    trials = study.get_trials(deepcopy=False)
+    if not any(trial.user_attrs.get(RETRY_OF) == failed.number for trial in trials):
+        study.enqueue_trial(failed.params, user_attrs={RETRY_OF: failed.number, ATTEMPT: attempt})
+    return True
+
+
+def unfinished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that some process began and never finished."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

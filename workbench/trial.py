@@ -1,0 +1,295 @@
+"""One trial, judged in stages from cheap to dear: static → measured → trained → quantized.
+
+The static stage runs wherever the study runs; the others run in a worker, through `judge`.
+Nothing that a trial does ends the study: whatever it raises becomes its outcome.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench import config as configs
+from workbench.builder import Builder
+from workbench.data import DataSource
+from workbench.environment import environment
+from workbench.errors import FieldError, UnknownNameError, WorkbenchError
+from workbench.files import replacing
+from workbench.layout import Layout
+from workbench.metric import Metric, Stage, Subject
+from workbench.model import HybridLM
+from workbench.study_config import StudyConfig
+from workbench.training import (
+    DivergedError,
+    TrainingConfig,
+    load_weights,
+    save_weights,
+    train,
+)
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class InfeasibleError(Exception):
+    """A constraint is violated: the trial goes no further. Carries the violated bounds' text."""
+
+
+class Workplace:
+    """What all trials of a study share in one process: metrics, data, device.
+
+    Raises:
+        UnknownNameError, FieldError: a name or field of the study that does not exist.
+    """
+
+    def __init__(self, config: StudyConfig, builder: Builder, device: str, cache_dir: Path) -> None:
+        self.config = config
+        self.builder = builder
+        self.device = device
+        self.training = make_training(config)
+        self.metrics = make_metrics(config, builder)
+        self.data = make_data(config, builder, cache_dir)
+
+    def subject(self, layout: Layout, model: HybridLM | None = None) -> Subject:
+        """What the metrics of one stage look at."""
+        return Subject(
+            layout=layout,
+            builder=self.builder,
+            device=self.device,
+            model=model,
+            data=self.data,
+            batch_size=self.training.batch_size,
+            length=self.training.seq_len,
+        )
+
+
+def make_training(config: StudyConfig) -> TrainingConfig:
+    """The study's `[training]` table, checked."""
+    training: TrainingConfig = _within(
+        "training", configs.from_dict, TrainingConfig, config.training
+    )
+    return training
+
+
+def make_metrics(config: StudyConfig, builder: Builder) -> dict[str, Metric]:
+    """An instance of every metric that the study names."""
+    made = {}
+    for name in config.metric_names:
+        metric = builder.metrics[name]
+        given = config.metrics.get(name, {})
+        made[name] = metric(_within(f"metrics.{name}", configs.from_dict, metric.Config, given))
+    return made
+
+
+def make_data(config: StudyConfig, builder: Builder, cache_dir: Path) -> DataSource:
+    """The study's data source, opened."""
+    table = dict(config.data)
+    source = builder.data_sources[table.pop("source")]
+    data_config = _within("data", configs.from_dict, source.Config, table)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    return source(data_config, seed=config.seed, cache_dir=cache_dir)
+
+
+@dataclasses.dataclass
+class Verdict:
+    """How a trial ended, as its record keeps it.
+
+    Attributes:
+        outcome: a key of `records.OUTCOMES`.
+        reason: why, for people.
+        metrics, extras: figures by name.
+        constraints: violation by metric name; above 0 is violated.
+        stage_seconds: wall seconds by stage.
+        details: further facts (quantizer reports, environment).
+    """
+
+    outcome: str = "complete"
+    reason: str = ""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    extras: dict[str, float] = dataclasses.field(default_factory=dict)
+    constraints: dict[str, float] = dataclasses.field(default_factory=dict)
+    stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def update(self, other: Verdict) -> None:
+        """Take over what a later stage found."""
+        self.outcome, self.reason = other.outcome, other.reason
+        for name in ("metrics", "extras", "constraints", "stage_seconds", "details"):
+            getattr(self, name).update(getattr(other, name))
+
+
+def judge_static(place: Workplace, layout: Layout) -> Verdict:
+    """The static stage: figures that the layout alone yields, and its constraints."""
+    verdict = Verdict()
+    with _Recorded(verdict), _Timed(verdict, "static"):
+        _measure(place, "static", place.subject(layout), verdict)
+    return verdict
+
+
+def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict:
+    """All stages that need a model; leaves the curve and the weights in `folder`.
+
+    Args:
+        layout: resolved.
+        folder: the trial's; a `checkpoint.safetensors` in it is continued from.
+        emit: called with progress, as JSON data.
+    """
+    verdict = Verdict()
+    verdict.details["environment"] = environment(place.device)
+    with _Recorded(verdict):
+        _judge_measured(place, layout, verdict)
+        model = _train(place, layout, folder, verdict, emit)
+        with _Timed(verdict, "trained"):
+            _measure(place, "trained", place.subject(layout, model), verdict)
+        with _Timed(verdict, "quantized"):
+            _quantize(place.builder, model, verdict)
+            _measure(place, "quantized", place.subject(layout, model), verdict)
+    return verdict
+
+
+def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict) -> None:
+    """Speed is measured on the model as it will be stored: quantized, weights still random."""
+    if not any(metric.stage == "measured" for metric in place.metrics.values()):
+        return
+    with _Timed(verdict, "measured"):
+        model = place.builder.build(layout, device=place.device, seed=place.config.seed).eval()
+        place.builder.quantize(model)
+        _measure(place, "measured", place.subject(layout, model), verdict)
+        del model
+        gc.collect()
+
+
+def _train(
+    place: Workplace, layout: Layout, folder: Path, verdict: Verdict, emit: Emit
+) -> HybridLM:
+    model = place.builder.build(layout, device=place.device, seed=place.config.seed)
+    checkpoint = folder / "checkpoint.safetensors"
+    curve = folder / "curve.jsonl"
+    with _Timed(verdict, "training"):
+        torch.manual_seed(place.config.seed)
+        with curve.open("w", encoding="utf-8") as lines:
+
+            def record(point: dict[str, float]) -> None:
+                lines.write(json.dumps(point) + "\n")
+                lines.flush()
+                emit({"progress": point["step"] / place.training.steps, "loss": point["loss"]})
+
+            result = train(
+                model, place.data, place.training, checkpoint=checkpoint, progress=record
+            )
+        # A run continued from a checkpoint has points that this process never saw.
+        with replacing(curve) as temporary:
+            temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
+        save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
+        checkpoint.unlink(missing_ok=True)
+    return model
+
+
+def _quantize(builder: Builder, model: HybridLM, verdict: Verdict) -> None:
+    reports = builder.quantize(model)
+    verdict.details["quantization"] = [
+        None if report is None else dataclasses.asdict(report) for report in reports
+    ]
+
+
+def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict) -> None:
+    """Every metric of one stage, then the constraints on them."""
+    violated = []
+    for name, metric in place.metrics.items():
+        if metric.stage != stage:
+            continue
+        subject.extras = {}
+        value = float(metric.measure(subject))
+        if not math.isfinite(value):
+            raise DivergedError(f"{name} is {value}")
+        verdict.metrics[name] = value
+        verdict.extras.update({f"{name}.{key}": extra for key, extra in subject.extras.items()})
+        if name in place.config.constraints:
+            bounds = place.config.constraints[name]
+            verdict.constraints[name] = bounds.violation(value)
+            if verdict.constraints[name] > 0:
+                violated.append(f"{name} = {value:g} is outside [{bounds.min:g}, {bounds.max:g}]")
+    if violated:
+        raise InfeasibleError("; ".join(violated))
+
+
+class _Timed:
+    """Adds the wall seconds of a block to a verdict, also when the block raises."""
+
+    def __init__(self, verdict: Verdict, stage: str) -> None:
+        self.verdict, self.stage = verdict, stage
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = time.perf_counter() - self.started
+        self.verdict.stage_seconds[self.stage] = seconds
+
+
+class _Recorded:
+    """Turns whatever a block raises, but for an interrupt, into the verdict's outcome."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or not isinstance(error, Exception):
+            return False
+        self.verdict.outcome, self.verdict.reason = classify(error)
+        if self.verdict.outcome == "error" and not isinstance(error, WorkbenchError):
+            traceback.print_exception(error)  # the worker's standard error is the trial's log
+        return True
+
+
+def classify(error: Exception) -> tuple[str, str]:
+    """The outcome that an exception stands for, and its reason in words."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if isinstance(error, InfeasibleError | FieldError):
+        return "infeasible", str(error)
+    if isinstance(error, DivergedError):
+        return "diverged", str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_allocator(error):
+        return "out_of_memory", text
+    return "error", str(error) if isinstance(error, WorkbenchError) else text
+
+
+def _is_allocator(error: Exception) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError, so only its words tell.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def load_trained(builder: Builder, layout: Layout, weights: Path, device: str = "cpu") -> HybridLM:
+    """A trial's model with its trained weights, stored as its layout's quantizers say.
+
+    Args:
+        layout, weights: of the trial's record.
+    """
+    model = builder.build(layout, device=device)
+    load_weights(model, weights)
+    builder.quantize(model)
+    return model.eval()
+
+
+def _within(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except FieldError as error:
+        raise error.within(where) from None
+    except UnknownNameError as error:
+        known = configs.fields_of(arguments[0])
+        raise UnknownNameError(f"field of [{where}]", error.name, known) from None
