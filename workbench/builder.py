@@ -14,7 +14,7 @@ from workbench import config as configs
 from workbench.costs import Costs
 from workbench.data import DataSource
 from workbench.discovery import Plugins, discover, run_hooks
-from workbench.errors import FieldError, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.exporter import Exporter
 from workbench.layer import Layer
 from workbench.layout import Block, Layout, Named
@@ -150,12 +150,13 @@ class Builder:
             UnknownNameError, FieldError: as `resolve`.
         """
         layout = self.resolve(layout)
-        factory: dict[str, Any] = {"device": torch.device(device), "dtype": dtype}
-        layers = [self._layer(layout.d_model, block, **factory) for block in layout.blocks]
-        model = HybridLM(layout, layers, **factory)
-        if model.device.type != "meta":
-            devices = [model.device] if model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
+        device = torch.device(device)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        # Constructors draw, too: torch's linears initialise themselves before the model does.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            layers = [self._layer(layout.d_model, block, **factory) for block in layout.blocks]
+            model = HybridLM(layout, layers, **factory)
+            if device.type != "meta":
                 torch.manual_seed(seed)
                 model.reset_parameters()
         return model
@@ -248,10 +249,8 @@ def _located(where: str, function: Any, *arguments: Any) -> Any:
     """Call `function`; an error of the user's names where in the layout it lies."""
     try:
         return function(*arguments)
-    except FieldError as error:
-        raise error.within(where) from None
     except WorkbenchError as error:
-        raise FieldError(where, str(error)) from None
+        raise error.within(where) from None
 
 
 def _check(base: type) -> Any:

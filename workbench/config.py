@@ -14,6 +14,7 @@ Neither torch nor Optuna is imported here: exported models carry this module wit
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import (
@@ -198,14 +199,14 @@ def coerce(value: Any, expected: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         return _coerce_union(value, get_args(expected), name)
     if origin is Literal:
-        if value not in get_args(expected):
+        # By type, too: True == 1 and 1 == 1.0, but they are not the same in JSON.
+        if not any(type(value) is type(item) and value == item for item in get_args(expected)):
             raise FieldError(name, f"{value!r} is none of {list(get_args(expected))}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
-        inner = get_args(expected)[0]
-        return tuple(coerce(item, inner, f"{name}[{i}]") for i, item in enumerate(value))
-    if expected is float and type(value) is int:
-        return float(value)
+        return _coerce_tuple(value, get_args(expected), name)
+    if expected is float and type(value) in (int, float):
+        return _coerce_float(value, name)
     if isinstance(expected, type) and type(value) is expected:
         return value
     if expected is type(None) and value is None:
@@ -213,8 +214,28 @@ def coerce(value: Any, expected: Any, name: str) -> Any:
     raise FieldError(name, f"expected {_type_name(expected)}, got {value!r}")
 
 
+def _coerce_float(value: float, name: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise FieldError(name, f"must be a finite number, got {value!r:.20}")
+    return number
+
+
+def _coerce_tuple(value: Any, inner: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    if inner[-1:] == (Ellipsis,):
+        inner = inner[:1] * len(value)
+    if len(value) != len(inner):
+        raise FieldError(name, f"expected {len(inner)} values, got {len(value)}")
+    pairs = enumerate(zip(value, inner, strict=True))
+    return tuple(coerce(item, expected, f"{name}[{i}]") for i, (item, expected) in pairs)
+
+
 def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:
-    for option in options:
+    # An exact type goes before a widening one: 3 in `float | int` stays an int.
+    for option in sorted(options, key=lambda option: option is not type(value)):
         try:
             return coerce(value, option, name)
         except FieldError:

@@ -68,6 +68,8 @@ class Plugins:
 def discover(plugin_dirs: Iterable[str | Path] = ()) -> Plugins:
     """Load every installed plugin and every `.py` file of the given folders.
 
+    Files whose names begin with `_` or `test_`, and `conftest.py`, are no plugins.
+
     The environment variable `WORKBENCH_DISABLE` holds names to leave out, separated by commas.
 
     Raises:
@@ -134,6 +136,8 @@ def _in_folders(plugin_dirs: Iterable[str | Path]) -> list[_Candidate]:
         if not folder.is_dir():
             raise WorkbenchError(f"--plugin-dir {folder}: no such folder")
         for path in sorted(folder.resolve().glob("*.py")):
+            if path.name.startswith(("_", "test_")) or path.name == "conftest.py":
+                continue
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
             module = f"workbench_plugin_{path.stem}"
             found.append(_Candidate(path.stem, module, None, f"sha256:{digest}", path))
@@ -160,14 +164,15 @@ def _where(candidate: _Candidate) -> str:
 def _load(candidate: _Candidate, plugins: Plugins) -> None:
     try:
         module = candidate.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _fail(plugins, candidate.name, candidate.module, error)
         return
     try:
         plugins.manager.register(module, name=candidate.name)
-    except pluggy.PluginValidationError as error:
+    except (pluggy.PluginValidationError, ValueError) as error:  # bad hook, or registered twice
         raise PluginError(f"plugin {candidate.name!r} ({_where(candidate)}): {error}") from None
     _refuse_misspelled(plugins.manager, module, candidate)
+    _refuse_unmarked(plugins.manager, module, candidate)
     plugins.loaded[candidate.name] = Provenance(
         plugin=candidate.name,
         package=candidate.package,
@@ -190,13 +195,24 @@ def _refuse_misspelled(
             )
 
 
+def _refuse_unmarked(
+    manager: pluggy.PluginManager, module: ModuleType, candidate: _Candidate
+) -> None:
+    for name in vars(hookspecs):
+        function = vars(module).get(name) if name.startswith("register_") else None
+        if callable(function) and manager.parse_hookimpl_opts(module, name) is None:
+            raise PluginError(
+                f"plugin {candidate.name!r} ({_where(candidate)}): {name} would never be called: "
+                "mark it with @workbench.hookimpl."
+            )
+
+
 def _fail(plugins: Plugins, name: str, module: str, error: BaseException) -> None:
-    plugins.failures[name] = Failure(
-        plugin=name,
-        module=module,
-        reason=f"{type(error).__name__}: {error}",
-        traceback="".join(traceback.format_exception(error)),
-    )
+    reason = f"{type(error).__name__}: {error}"
+    text = "".join(traceback.format_exception(error))
+    if earlier := plugins.failures.get(name):  # another of its hooks
+        reason, text = f"{earlier.reason}; {reason}", f"{earlier.traceback}\n{text}"
+    plugins.failures[name] = Failure(plugin=name, module=module, reason=reason, traceback=text)
 
 
 def run_hooks(plugins: Plugins, hook: str, register_for: Any) -> None:
@@ -213,5 +229,5 @@ def run_hooks(plugins: Plugins, hook: str, register_for: Any) -> None:
             caller(register=register_for(provenance))
         except PluginError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _fail(plugins, name, provenance.module, error)

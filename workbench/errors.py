@@ -9,6 +9,10 @@ from difflib import get_close_matches
 class WorkbenchError(Exception):
     """A mistake in what the user gave (a file, a name, a value). The command line exits with 2."""
 
+    def within(self, prefix: str) -> WorkbenchError:
+        """The same error seen from outside: it lies in `prefix`."""
+        return WorkbenchError(f"{prefix}: {self}")
+
 
 class FieldError(WorkbenchError):
     """A value that cannot work, with the field that holds it.
@@ -43,7 +47,18 @@ class UnknownNameError(WorkbenchError):
         super().__init__(" ".join(parts))
         self.kind = kind
         self.name = name
+        self.known = names
+        self.hint = hint
+
+    def within(self, prefix: str) -> UnknownNameError:
+        """The same error seen from outside: a field becomes a field of `prefix`."""
+        kind = f"field of {prefix}" if self.kind == "field" else self.kind
+        return UnknownNameError(kind, self.name, self.known, self.hint)
 
 
 class PluginError(WorkbenchError):
     """A plugin that breaks the contract; the message names the plugin and what it must change."""
+
+
+class DiskError(WorkbenchError):
+    """A file cannot be written: ends a study, whose trial in flight runs again on resume."""

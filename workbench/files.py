@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import WorkbenchError
+from workbench.errors import DiskError, WorkbenchError
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; it takes the name `path` when the block ends well.
 
     Raises:
-        WorkbenchError: the file cannot be written (a full disk, say); nothing half-written stays.
+        DiskError: the file cannot be written (a full disk, say); nothing half-written stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -35,6 +35,18 @@ def write_json(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents; one that is there already will do.
+
+    Raises:
+        DiskError: it cannot be made; says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> Any:

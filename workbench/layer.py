@@ -145,9 +145,7 @@ class Layer(nn.Module):
         """An empty state for `batch_size` sequences of at most `max_length` tokens."""
         return State()
 
-    def forward(
-        self, x_BTD: Tensor, context: Context = PLAIN, state: State | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context = PLAIN, state: Any = None) -> Tensor:
         """Outputs for all positions; with a state, continue from it and update it in place."""
         raise NotImplementedError(f"{type(self).__qualname__}.forward")
 

@@ -109,6 +109,9 @@ class Layout:
         for name in ("d_model", "vocab_size"):
             if getattr(self, name) < 1:
                 raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
+        for name in ("norm_eps", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            # 1 and 1.0 are equal but not in JSON, and equal layouts have equal hashes.
+            object.__setattr__(self, name, coerce(getattr(self, name), float, name))
         if not self.blocks:
             raise FieldError("blocks", "a layout needs at least one block")
         if self.norm_eps <= 0:
@@ -149,13 +152,14 @@ class Layout:
             FieldError, UnknownNameError: a field that is missing, malformed or not known.
             WorkbenchError: a format that this version cannot read.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        data = dict(_mapping(data, "layout", {*fields, "format"}))
+        data = dict(_mapping(data, "layout"))
         version = data.pop("format", FORMAT)
+        # Before the fields: another format may have others.
         if version != FORMAT:
             raise WorkbenchError(
                 f"layout format {version!r} cannot be read: this workbench reads format {FORMAT}."
             )
+        _mapping(data, "layout", {field.name for field in dataclasses.fields(cls)})
         blocks = _required(data, "blocks", list, "layout")
         types = {"d_model": int, "vocab_size": int, "tie_embeddings": bool, "prefix_lm": bool}
         values: dict[str, Any] = {
@@ -180,11 +184,13 @@ class Layout:
             WorkbenchError: not JSON, or not a layout; says where.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise WorkbenchError(
                 f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
             ) from None
+        except (ValueError, RecursionError) as error:  # too many digits, too deep
+            raise WorkbenchError(f"not a layout: {error}") from None
         return cls.from_dict(data)
 
     @classmethod
@@ -205,6 +211,10 @@ class Layout:
 def canonical_json(data: Any) -> str:
     """JSON text that is the same for equal data: sorted keys, no spaces."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _refuse_constant(name: str) -> None:
+    raise WorkbenchError(f"{name} is no JSON number: use a finite one")
 
 
 def _mapping(data: Any, where: str, known: Iterable[str] | None = None) -> Mapping[str, Any]:

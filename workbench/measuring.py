@@ -2,8 +2,8 @@
 
 What makes a figure honest here: warm-up calls are never in it, it is the median of many repeats
 with its spread beside it, garbage is not collected meanwhile, and on a GPU the device's own clock
-counts (CUDA events), not the time to launch. Nothing else should run on the device; a spread above
-`NOISY` marks a figure that something disturbed.
+counts (CUDA events: the work, and the wait for launches wherever these are slower). Nothing else
+should run on the device; a spread above `NOISY` marks a figure that something disturbed.
 
 Measuring leaves a model as it was: weights, training flags and random generators are untouched.
 
@@ -116,8 +116,8 @@ def _time_on_cuda(
     events = []
     with torch.cuda.device(device):
         for values in arguments:
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             function(*values)
             end.record()

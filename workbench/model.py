@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
         self.multiplier = layout.residual_multiplier
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None) -> Tensor:
-        y_BTD = self.layer(self.norm(x_BTD), context, state)
+        y_BTD: Tensor = self.layer(self.norm(x_BTD), context, state)
         return x_BTD + (y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier)
 
     def step(self, x_BD: Tensor, state: State) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from workbench.errors import FieldError, WorkbenchError
 from workbench.records import Objective
@@ -22,6 +24,7 @@ DEFAULT_SAMPLER = "optuna.samplers.TPESampler"
 DEFAULT_ARGUMENTS = {"multivariate": True, "group": True}
 RETRY_OF = "retry_of"
 ATTEMPT = "attempt"
+STALE = 10
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -40,13 +43,44 @@ def open_storage(folder: Path, name: str, objectives: tuple[Objective, ...]) -> 
             directions=[StudyDirection[objective.direction.upper()] for objective in objectives],
             load_if_exists=True,
         )
-    except Exception as error:
-        raise WorkbenchError(f"cannot open the storage {folder / 'optuna.db'}: {error}") from None
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        raise WorkbenchError(
+            f"cannot open the storage {folder / 'optuna.db'}: {_first_line(error)}"
+        ) from None
     directions = [direction.name.lower() for direction in study.directions]
     if directions != [objective.direction for objective in objectives]:
         raise WorkbenchError(f"{folder / 'optuna.db'} holds a study of other objectives.")
-    study.set_metric_names([objective.name for objective in objectives])
+    with _experimental():
+        study.set_metric_names([objective.name for objective in objectives])
     return study
+
+
+@contextlib.contextmanager
+def _experimental() -> Iterator[None]:
+    """Features that Optuna calls experimental and this product has measured or needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@contextlib.contextmanager
+def reporting_failures(folder: Path) -> Iterator[None]:
+    """Turn the storage's own failures (a full disk, a locked database) into a message.
+
+    Raises:
+        WorkbenchError: what the storage said, and that resuming is safe.
+    """
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        raise WorkbenchError(
+            f"the storage {folder / 'optuna.db'} failed: {_first_line(error)}. Nothing "
+            "recorded is lost: mend the cause (disk space, permissions) and run it again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def make_sampler(table: Mapping[str, Any], seed: int) -> BaseSampler:
@@ -76,13 +110,11 @@ def make_sampler(table: Mapping[str, Any], seed: int) -> BaseSampler:
         raise FieldError("sampler.class", f"{name!r} is no optuna sampler")
     if "seed" in inspect.signature(sampler_class).parameters:
         arguments.setdefault("seed", seed)
-    with warnings.catch_warnings():
-        # group and multivariate are experimental in Optuna, and this product's measured default.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
+    try:
+        with _experimental():
             return sampler_class(**arguments)
-        except (TypeError, ValueError) as error:
-            raise FieldError("sampler", f"{name} refuses its arguments: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise FieldError("sampler", f"{name} refuses its arguments: {error}") from None
 
 
 def derived_seed(seed: int, count: int) -> int:
@@ -91,12 +123,18 @@ def derived_seed(seed: int, count: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def ask(study: optuna.Study, table: Mapping[str, Any], seed: int) -> optuna.Trial:
+def ask(study: optuna.Study, table: Mapping[str, Any], seed: int, stale: int = 0) -> optuna.Trial:
     """The next trial, suggested by a sampler that is seeded by its number alone.
 
     A study that is stopped and resumed therefore suggests what it would have without the stop:
     runs again after a fault are not counted.
+
+    Args:
+        stale: suggestions in a row that held nothing new. A model-based sampler can repeat its
+            favourite for ever; after `STALE` of them suggestions are random until one is new.
     """
+    if stale >= STALE:
+        table = {"class": "optuna.samplers.RandomSampler"}
     trials = study.get_trials(deepcopy=False)
     count = sum(RETRY_OF not in trial.user_attrs for trial in trials)
     study.sampler = make_sampler(table, derived_seed(seed, count))

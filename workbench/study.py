@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from workbench import storage
 from workbench.builder import Builder, default_builder
 from workbench.environment import device_name, resolve_device
 from workbench.errors import WorkbenchError
 from workbench.executors import Executor, InlineExecutor, Job, ProcessExecutor
-from workbench.files import read_json, write_json
+from workbench.files import make_folder, read_json, write_json
 from workbench.layout import Layout
 from workbench.records import Objective, Study, Trial, runs_folder
 from workbench.space import Space
@@ -28,7 +30,7 @@ from workbench.trial import Verdict, Workplace, classify, judge_static
 
 JUDGED = ("complete", "diverged", "out_of_memory", "timeout", "crashed", "error")
 FAULTS = ("crashed", "interrupted")  # not the layout's doing: runs again
-MAX_STALE = 200  # suggestions in a row without a new layout before the space counts as exhausted
+MAX_STALE = 100  # suggestions in a row without a new layout before the space counts as exhausted
 
 
 class Reporter:
@@ -66,7 +68,7 @@ def run_study(
     storage.make_sampler(config.sampler, 0)
     identity = _identity(place, space)
     _refuse_change(folder, identity, config.name)
-    with _locked(folder):
+    with _locked(folder), storage.reporting_failures(folder):
         runner = _Runner(place, space, folder, reporter or Reporter())
         runner.open(identity)
         with contextlib.closing(_executor(place, cache_dir)) as executor:
@@ -124,12 +126,8 @@ def _plain(value: Any) -> Any:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the study's folder; the lock goes with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    except OSError as error:
-        raise WorkbenchError(f"cannot write to {folder}: {error.strerror}") from None
-    with lock:
+    make_folder(folder)
+    with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -192,7 +190,7 @@ class _Runner:
             if limit is not None and time.monotonic() - started >= limit:
                 break
             before = self.judged
-            self._one(executor)
+            self._one(executor, stale)
             stale = 0 if self.judged > before else stale + 1
             if stale >= MAX_STALE:
                 raise WorkbenchError(
@@ -200,8 +198,8 @@ class _Runner:
                     "is exhausted or its constraints are too tight. What was found is recorded."
                 )
 
-    def _one(self, executor: Executor) -> None:
-        trial = storage.ask(self.storage, self.config.sampler, self.config.seed)
+    def _one(self, executor: Executor, stale: int) -> None:
+        trial = storage.ask(self.storage, self.config.sampler, self.config.seed, stale)
         record = self._new_record(trial)
         verdict, layout = self._static(trial, record)
         try:
@@ -215,6 +213,8 @@ class _Runner:
             self._finish(trial, record, verdict)
             raise
         self._finish(trial, record, verdict)
+        if verdict.outcome == "interrupted":
+            raise WorkbenchError(f"{verdict.reason}. Make room and run the study again.")
 
     def _new_record(self, trial: optuna.Trial) -> dict[str, Any]:
         record = {
@@ -231,6 +231,8 @@ class _Runner:
         record["clock"] = time.monotonic()
         try:
             layout = self.space.suggest(trial)
+        except (StorageInternalError, SQLAlchemyError):
+            raise
         except Exception as error:  # a policy or layer of a plugin may raise anything
             outcome, reason = classify(error)
             return Verdict(outcome=outcome, reason=reason), None
@@ -297,7 +299,7 @@ class _Runner:
     def _count(self, trial: Trial) -> None:
         if trial.outcome in JUDGED:
             self.judged += 1
-        if trial.outcome in JUDGED and trial.outcome != "crashed":
+        if trial.outcome in JUDGED and trial.outcome != "crashed" and "layout_hash" in trial.data:
             self.known.setdefault(trial.data["layout_hash"], trial.number)
 
     def _reconcile(self) -> None:

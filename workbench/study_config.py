@@ -53,7 +53,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         if self.executor not in ("process", "inline"):
-            raise UnknownNameError("runtime.executor", self.executor, ("process", "inline"))
+            raise UnknownNameError("executor", self.executor, ("process", "inline"))
         if self.threads is not None and self.threads < 1:
             raise FieldError("threads", f"must be at least 1, got {self.threads}")
 
@@ -202,10 +202,8 @@ def _table(kind: Any, data: Any, where: str) -> Any:
         if kind is SpaceConfig:
             return _space(data, declared)
         return configs.from_dict(kind, data)
-    except FieldError as error:
+    except WorkbenchError as error:
         raise error.within(where) from None
-    except UnknownNameError as error:
-        raise UnknownNameError(f"field of [{where}]", error.name, declared) from None
 
 
 def _space(data: Mapping[str, Any], declared: Mapping[str, configs.Field]) -> SpaceConfig:
@@ -228,10 +226,10 @@ def _space(data: Mapping[str, Any], declared: Mapping[str, configs.Field]) -> Sp
 def _bounds(name: str, data: Any) -> Bounds:
     try:
         if not isinstance(data, Mapping) or not data:
-            raise FieldError(name, f"expected {{max = …}} or {{min = …}}, got {data!r}")
+            raise WorkbenchError(f"expected {{max = …}} or {{min = …}}, got {data!r}")
         bounds: Bounds = configs.from_dict(Bounds, data)
     except WorkbenchError as error:
-        raise FieldError(f"constraints.{name}", str(error)) from None
+        raise error.within(f"constraints.{name}") from None
     if bounds.min > bounds.max:
         raise FieldError(f"constraints.{name}", f"min {bounds.min} is above max {bounds.max}")
     return bounds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -234,7 +234,7 @@ class _Run:
         metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(progress)}
         with replacing(path) as temporary:
             # A copy each: safetensors refuses views of shared storage.
-            save_file({k: v.detach().clone() for k, v in tensors.items()}, temporary, metadata)
+            _save({k: v.detach().clone() for k, v in tensors.items()}, temporary, metadata)
 
     def load(self, path: Path) -> None:
         """Continue from what `save` wrote.
@@ -284,7 +284,15 @@ def save_weights(model: HybridLM, path: Path, metadata: dict[str, str] | None = 
     if model.layout.tie_embeddings:
         del state["lm_head.weight"]
     with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
+        _save({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        # Tensors made here always serialize: what fails is the writing.
+        raise OSError(str(error)) from error
 
 
 def load_weights(model: HybridLM, path: Path) -> None:

@@ -7,9 +7,11 @@ Nothing that a trial does ends the study: whatever it raises becomes its outcome
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import json
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -22,8 +24,8 @@ from workbench import config as configs
 from workbench.builder import Builder
 from workbench.data import DataSource
 from workbench.environment import environment
-from workbench.errors import FieldError, UnknownNameError, WorkbenchError
-from workbench.files import replacing
+from workbench.errors import DiskError, FieldError, WorkbenchError
+from workbench.files import make_folder, replacing
 from workbench.layout import Layout
 from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
@@ -35,6 +37,8 @@ from workbench.training import (
     save_weights,
     train,
 )
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -94,7 +98,7 @@ def make_data(config: StudyConfig, builder: Builder, cache_dir: Path) -> DataSou
     table = dict(config.data)
     source = builder.data_sources[table.pop("source")]
     data_config = _within("data", configs.from_dict, source.Config, table)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(cache_dir)
     return source(data_config, seed=config.seed, cache_dir=cache_dir)
 
 
@@ -261,10 +265,16 @@ def classify(error: Exception) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if isinstance(error, InfeasibleError | FieldError):
         return "infeasible", str(error)
+    if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
+        return "interrupted", str(error)
     if isinstance(error, DivergedError):
         return "diverged", str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_allocator(error):
-        return "out_of_memory", text
+        wanted = re.search(r"tried to allocate (\d+) bytes", str(error), re.IGNORECASE)
+        return (
+            "out_of_memory",
+            f"an allocation of {int(wanted[1]):,} bytes failed" if wanted else text,
+        )
     return "error", str(error) if isinstance(error, WorkbenchError) else text
 
 
@@ -288,8 +298,5 @@ def load_trained(builder: Builder, layout: Layout, weights: Path, device: str = 
 def _within(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
-    except FieldError as error:
+    except WorkbenchError as error:
         raise error.within(where) from None
-    except UnknownNameError as error:
-        known = configs.fields_of(arguments[0])
-        raise UnknownNameError(f"field of [{where}]", error.name, known) from None

@@ -27,7 +27,6 @@ def describe(
     Nothing is allocated: an 8 B layout is described in a second.
     """
     from workbench.api import describe as describe_layout
-    from workbench.api import load_layout
     from workbench.costs import DTYPE_BYTES
     from workbench.errors import FieldError, UnknownNameError
 
@@ -37,9 +36,9 @@ def describe(
         if value < 1:
             raise FieldError(name, f"must be at least 1, got {value}")
     folders = tuple(plugin_dir or ())
-    layout = load_layout(source, runs=runs, plugin_dirs=folders)
     description = describe_layout(
-        source if layout is None else layout,
+        source,
+        runs=runs,
         context=context,
         batch_size=batch_size,
         bytes_per_element=DTYPE_BYTES[dtype],

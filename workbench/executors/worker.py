@@ -35,6 +35,7 @@ def main() -> None:
 
 def _open(job: Job) -> Any:
     import torch
+    import torch._dynamo  # seconds that the first optimizer would otherwise add to its trial
 
     from workbench.builder import default_builder
     from workbench.trial import Workplace

@@ -1,0 +1,139 @@
+"""The model card: what the exported model is, how to load it, and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from workbench.builder import Builder
+from workbench.model import HybridLM
+from workbench_export.proof import Proof
+
+FRONT_MATTER = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- workbench
+- custom_code
+---
+"""
+
+LOADING = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```
+"""
+
+LOADING_TEXT = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+prompt = tokenizer("def ", return_tensors="pt")
+tokens = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40)
+print(tokenizer.decode(tokens[0]))
+```
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a card tells besides the model itself.
+
+    Attributes:
+        name: of the folder.
+        weight_bytes: of the weights file.
+        layers: registered name → (file, class) of its code in the folder.
+        quantizers: the same for the quantizers in use.
+        proof: what the fresh process found.
+        metadata: as given to the exporter.
+    """
+
+    name: str
+    weight_bytes: int
+    layers: Mapping[str, tuple[str, str]]
+    quantizers: Mapping[str, tuple[str, str]]
+    proof: Proof
+    metadata: Mapping[str, Any]
+
+
+def model_card(model: HybridLM, builder: Builder, facts: Facts) -> str:
+    """The text of README.md."""
+    sections = [
+        f"{FRONT_MATTER}\n# {facts.name}\n\n{_summary(model, builder, facts)}",
+        f"## Loading\n\n{_loading(facts)}",
+        f"## Layers\n\n{_layers(model, builder, facts)}",
+        _figures(facts.metadata.get("metrics") or {}, facts.metadata.get("units") or {}),
+        _origin(facts.metadata),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _summary(model: HybridLM, builder: Builder, facts: Facts) -> str:
+    layout = model.layout
+    parameters = builder.costs(layout, length=1).total.parameters
+    head = "shared with the embedding" if layout.tie_embeddings else "its own"
+    return (
+        f"A hybrid language model of {len(layout.blocks)} residual blocks, found and trained with "
+        f"workbench.\n\n"
+        f"- pattern, from the input up: `{builder.pattern(layout)}`\n"
+        f"- parameters: {parameters:,}; weights file: {facts.weight_bytes:,} bytes\n"
+        f"- width {layout.d_model}, vocabulary {layout.vocab_size:,}, head {head}\n"
+        f"- layout `{layout.hash}`, in full in config.json\n"
+    )
+
+
+def _loading(facts: Facts) -> str:
+    has_text = facts.metadata.get("tokenizer") is not None
+    text = (LOADING_TEXT if has_text else LOADING).format(name=facts.name)
+    needs = ["torch", "transformers >= 5.17", *facts.proof.imported]
+    text += f"\nIt needs {', '.join(needs)}. The code is in this folder: read it first.\n"
+    if not has_text:
+        text += "It has no tokenizer: it takes token ids.\n"
+    return text + (
+        "For batches, pad on the left and give the attention mask.\n\n"
+        "When it was exported, a fresh process loaded this folder and computed the same logits: "
+        f"the largest difference in float32 was {facts.proof.max_difference:.2g}.\n"
+    )
+
+
+def _layers(model: HybridLM, builder: Builder, facts: Facts) -> str:
+    rows = ["| | name | blocks | code | from |", "|---|---|---|---|---|"]
+    blocks = list(enumerate(model.layout.blocks))
+    for name, code in facts.layers.items():
+        at = [index for index, block in blocks if block.layer == name]
+        glyph = f"`{builder.layers[name].glyph}`"
+        rows.append(_row(glyph, name, at, code, builder.layers.provenance(name)))
+    for name, code in facts.quantizers.items():
+        at = [index for index, block in blocks if block.quantizer and block.quantizer.name == name]
+        rows.append(_row("quantizer", name, at, code, builder.quantizers.provenance(name)))
+    return "\n".join(rows) + "\n"
+
+
+def _row(kind: str, name: str, at: list[int], code: tuple[str, str], origin: Any) -> str:
+    blocks = ", ".join(map(str, at))
+    source = f"{origin.package or origin.plugin} {origin.version}"
+    return f"| {kind} | {name} | {blocks} | `{code[0]}`: `{code[1]}` | {source} |"
+
+
+def _figures(metrics: Mapping[str, Any], units: Mapping[str, str]) -> str:
+    if not metrics:
+        return ""
+    rows = ["## Figures\n", "| metric | value | unit |", "|---|---|---|"]
+    for name, value in metrics.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        rows.append(f"| {name} | {shown} | {units.get(name, '')} |")
+    return "\n".join(rows) + "\n"
+
+
+def _origin(metadata: Mapping[str, Any]) -> str:
+    rows = [f"- {name}: {metadata[name]}" for name in ("study", "trial") if name in metadata]
+    versions = metadata.get("versions") or {}
+    rows += [f"- {name} {version}" for name, version in versions.items() if version]
+    rows.append("- workbench.json holds all that is known of its making")
+    return "## Where it comes from\n\n" + "\n".join(rows) + "\n"

@@ -1,0 +1,253 @@
+"""The `huggingface` exporter: a folder that transformers loads without the workbench.
+
+The folder carries the very sources of the layers that were trained, flattened, so that a loaded
+model computes what the trained one did; see `workbench_export.vendoring`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workbench.builder import Builder
+from workbench.discovery import Provenance
+from workbench.errors import WorkbenchError
+from workbench.exporter import Exporter, ExportReport
+from workbench.model import HybridLM
+from workbench_export.card import Facts, model_card
+from workbench_export.proof import prove
+from workbench_export.tokenizer import save_tokenizer
+from workbench_export.vendoring import Vendored, vendor
+
+MODELING = "workbench_export.modeling_workbench"
+CONFIGURATION = "workbench_export.configuration_workbench"
+REGISTERED = "workbench_export.registered"
+STEMS = {MODELING: "modeling_workbench", CONFIGURATION: "configuration_workbench"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_workbench.WorkbenchConfig",
+    "AutoModel": "modeling_workbench.WorkbenchModel",
+    "AutoModelForCausalLM": "modeling_workbench.WorkbenchForCausalLM",
+}
+
+
+class HuggingFace(Exporter):
+    """Writes what `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` loads.
+
+    Weights are stored as the layout's quantizers store them and in the model's dtype, the code is
+    the layers' own. Of the metadata the model card shows `study`, `trial`, `metrics` (name →
+    value), `units` (name → unit) and `versions` (distribution → version); `tokenizer` is
+    `{"kind": "bytes"}`, `{"kind": "hf", "name_or_path": …}` or None; workbench.json holds all.
+    """
+
+    @classmethod
+    def export(
+        cls,
+        model: HybridLM,
+        builder: Builder,
+        out: Path,
+        config: Any,
+        metadata: dict[str, Any],
+    ) -> ExportReport:
+        if out.exists() or out.is_symlink():
+            raise WorkbenchError(f"{out} is there already: name a new folder, or remove it first.")
+        model = _as_stored(model, builder)
+        _refuse_unsaved_buffers(model)
+        layers = {block.layer: builder.layers[block.layer] for block in model.layout.blocks}
+        quantizers = {
+            block.quantizer.name: builder.quantizers[block.quantizer.name]
+            for block in model.layout.blocks
+            if block.quantizer is not None
+        }
+        packages = _packages(builder, [*layers.values(), *quantizers.values()])
+        code = vendor(
+            MODELING,
+            packages,
+            stems=STEMS,
+            texts={REGISTERED: _registered_source(layers, quantizers)},
+        )
+        with _new_folder(out) as folder:
+            for name, text in code.files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            special = save_tokenizer(metadata.get("tokenizer"), model.layout.vocab_size, folder)
+            _write_configs(folder, model, special)
+            weight_bytes = _write_weights(folder / "model.safetensors", model)
+            proof = prove(model, folder, packages, code.foreign)
+            facts = Facts(
+                name=out.name,
+                weight_bytes=weight_bytes,
+                layers=_code_of(layers, code),
+                quantizers=_code_of(quantizers, code),
+                proof=proof,
+                metadata=metadata,
+            )
+            (folder / "README.md").write_text(model_card(model, builder, facts), encoding="utf-8")
+            _write_json(
+                folder / "workbench.json", _provenance(builder, layers, quantizers, metadata)
+            )
+            files = tuple(sorted(path.name for path in folder.iterdir()))
+        return ExportReport(path=out, files=files, max_difference=proof.max_difference)
+
+
+# The model
+
+
+def _as_stored(model: HybridLM, builder: Builder) -> HybridLM:
+    """The model with the quantizers of its layout applied; the given one is left as it is."""
+    if all(block.quantizer is None for block in model.layout.blocks):
+        return model
+    model = copy.deepcopy(model)
+    builder.quantize(model)
+    return model
+
+
+def _refuse_unsaved_buffers(model: HybridLM) -> None:
+    for index, layer in enumerate(model.layers):
+        for path, module in layer.named_modules():
+            for name in module._non_persistent_buffers_set:
+                raise WorkbenchError(
+                    f"blocks[{index}] ({model.layout.blocks[index].layer}): buffer "
+                    f"{f'{path}.{name}'.lstrip('.')!r} is not saved with the weights and would "
+                    "come back as garbage: register it with persistent=True, or compute it in "
+                    "forward."
+                )
+
+
+def _write_weights(path: Path, model: HybridLM) -> int:
+    """Write the state dict, each weight once; the bytes that the file takes."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.layout.tie_embeddings:
+            continue
+        stored = tensor.detach().cpu().contiguous()
+        # The format knows no sharing.
+        shared = stored.untyped_storage().data_ptr() in storages
+        tensors[f"model.{name}"] = stored.clone() if shared else stored
+        storages.add(stored.untyped_storage().data_ptr())
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    shutil.copymode(path.with_name("config.json"), path)  # it is written for the owner only
+    return path.stat().st_size
+
+
+def _write_configs(folder: Path, model: HybridLM, special: Mapping[str, int | None]) -> None:
+    layout = model.layout
+    made_with = {"transformers_version": version("transformers")}
+    configuration = {
+        "architectures": ["WorkbenchForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "model_type": "workbench_hybrid",
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "vocab_size": layout.vocab_size,
+        "hidden_size": layout.d_model,
+        "num_hidden_layers": len(layout.blocks),
+        "tie_word_embeddings": layout.tie_embeddings,
+        **special,
+        "layout": layout.to_dict(),
+        **made_with,
+    }
+    _write_json(folder / "config.json", configuration)
+    known = {name: value for name, value in special.items() if value is not None}
+    _write_json(folder / "generation_config.json", {**known, **made_with})
+
+
+# The code
+
+
+def _packages(builder: Builder, things: list[type]) -> set[str]:
+    """The workbench, its plugins and whatever the layers come from: what is to be carried along."""
+    modules = [found.module for found in builder.plugins.loaded.values()]
+    modules += [thing.__module__ for thing in things]
+    return {"workbench", __name__.partition(".")[0], *(name.partition(".")[0] for name in modules)}
+
+
+def _registered_source(layers: Mapping[str, type], quantizers: Mapping[str, type]) -> str:
+    """The source of `workbench_export.registered` with its tables filled."""
+    lines = [
+        '"""The layer types and quantizers of this model, by their names in its layout."""',
+        "",
+    ]
+    tables = []
+    for table, prefix, things in (
+        ("LAYERS", "Layer", layers),
+        ("QUANTIZERS", "Quantizer", quantizers),
+    ):
+        rows = []
+        for number, (name, thing) in enumerate(things.items()):
+            _require_top_level(name, thing)
+            local = f"{prefix}{number}"
+            lines.append(f"from {thing.__module__} import {thing.__qualname__} as {local}")
+            rows.append(f'    "{name}": {local},\n')
+        tables.append(f"{table} = {{\n{''.join(rows)}}}\n")
+    return "\n".join([*lines, "", *tables])
+
+
+def _require_top_level(name: str, thing: type) -> None:
+    module = inspect.getmodule(thing)
+    if module is None or getattr(module, thing.__qualname__, None) is not thing:
+        raise WorkbenchError(
+            f"{name!r} is the class {thing.__qualname__} of {thing.__module__}, which no import "
+            "statement can reach: define it at the top level of a module of your plugin."
+        )
+
+
+def _code_of(things: Mapping[str, type], code: Vendored) -> dict[str, tuple[str, str]]:
+    return {
+        name: (f"{code.stems[thing.__module__]}.py", thing.__qualname__)
+        for name, thing in things.items()
+    }
+
+
+# The folder
+
+
+def _provenance(
+    builder: Builder,
+    layers: Mapping[str, type],
+    quantizers: Mapping[str, type],
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    def of(origin: Provenance) -> dict[str, str | None]:
+        # Where the plugin lay on this machine is nobody else's concern.
+        return {name: value for name, value in origin.to_dict().items() if name != "file"}
+
+    return {
+        **metadata,
+        "layers": {name: of(builder.layers.provenance(name)) for name in layers},
+        "quantizers": {name: of(builder.quantizers.provenance(name)) for name in quantizers},
+    }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary neighbour of `out`, which takes that name if the block ends well, else goes."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise WorkbenchError(
+            f"cannot write {out}: {error.strerror or error}. Nothing was kept; make room or "
+            "choose another place, and export again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

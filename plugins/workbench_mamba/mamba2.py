@@ -1,0 +1,264 @@
+"""Mamba-2: the state space dual layer, one decay a head, computed as matrix products.
+
+Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+State Space Duality", arXiv:2405.21060. Parameters are named and ordered as published (in_proj
+gives z, x, B, C, dt), so a reference's state dict loads as it is.
+
+Shape suffixes: B batch, T tokens, D d_model, I inner channels (H heads of P), G groups, N state,
+C convolved channels (I + 2GN), W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workbench.config import Choice, Range
+from workbench.costs import Costs
+from workbench.errors import FieldError
+from workbench.layer import PLAIN, Context, Kind, Layer, State
+from workbench_mamba.common import (
+    STATE_BYTES,
+    at_least_float32,
+    check_shared,
+    divisors,
+    init_dt_bias,
+    nearest,
+    require_at_least_one,
+    upcast,
+)
+from workbench_mamba.norms import RMSNorm
+from workbench_mamba.scan import causal_conv1d, causal_conv1d_update, ssd, ssd_state_update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Hyper-parameters of Mamba-2, under their published names."""
+
+    d_state: Annotated[int, Choice(16, 32, 64, 128, 256), "State size N of each channel"] = 128
+    d_conv: Annotated[int, Range(2, 4), "Width of the causal convolution"] = 4
+    expand: Annotated[int, Choice(1, 2, 3, 4), "Inner channels as a multiple of d_model"] = 2
+    headdim: Annotated[int, Choice(32, 64, 128), "Channels P of a head"] = 64
+    num_heads: Annotated[int | None, "Heads; null: expand * d_model / headdim"] = None
+    n_groups: Annotated[int, Choice(1, 2, 4, 8), "Groups of heads that share B and C"] = 1
+    chunk_size: Annotated[int, "Tokens computed as one matrix: speed only, not results"] = 64
+    conv_bias: Annotated[bool, "Bias in the convolution"] = True
+    bias: Annotated[bool, "Bias in in_proj and out_proj"] = False
+    grouped_norm: Annotated[bool, "Gated RMSNorm over each group's channels, not over all"] = True
+    norm_eps: Annotated[float, "Added to the mean square in the gated RMSNorm"] = 1e-5
+    dt_min: Annotated[float, "Least initial step size"] = 1e-3
+    dt_max: Annotated[float, "Greatest initial step size"] = 0.1
+    dt_init_floor: Annotated[float, "No initial step size is below it"] = 1e-4
+    dt_limit_min: Annotated[float, "Step sizes are clamped to at least this"] = 0.0
+    dt_limit_max: Annotated[float | None, "Step sizes are clamped to at most this"] = None
+
+    def heads(self, d_model: int) -> int:
+        """H: `num_heads`, or as many as make `expand * d_model` channels."""
+        return self.expand * d_model // self.headdim if self.num_heads is None else self.num_heads
+
+    def d_inner(self, d_model: int) -> int:
+        """Number of inner channels I."""
+        return self.heads(d_model) * self.headdim
+
+
+@dataclasses.dataclass
+class Mamba2State(State):
+    """The last inputs of the convolution, and the recurrence's state, at least in float32."""
+
+    conv_BCW: Tensor
+    ssm_BHPN: Tensor
+
+
+class Mamba2(Layer):
+    """Convolution and state space dual scan between two projections, with a gated RMSNorm.
+
+    Padding may stand on either side of a row. A call that fills a state wants it on the left, as
+    in Hugging Face's generation: after right padding the outputs at real tokens are right, but
+    the convolution's window is not that of the last real token. With `seq_idx` and a state, the
+    state belongs to the first document of the call. `prefix_lengths` has no effect: the
+    recurrence stays causal.
+    """
+
+    Config: ClassVar[type] = Mamba2Config
+    kind: ClassVar[Kind] = "recurrent"
+    glyph = "2"
+    reference = "arXiv:2405.21060"
+    output_projection = "out_proj"
+
+    def __init__(
+        self,
+        d_model: int,
+        config: Mamba2Config,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, config)
+        self.inner, self.heads = config.d_inner(d_model), config.heads(d_model)
+        self.shared = config.n_groups * config.d_state
+        channels = self.inner + 2 * self.shared
+        rows = self.inner + channels + self.heads
+        self.in_proj = nn.Linear(d_model, rows, config.bias, device, dtype)
+        self.conv1d = nn.Conv1d(
+            channels,
+            channels,
+            config.d_conv,
+            padding=config.d_conv - 1,
+            groups=channels,
+            bias=config.conv_bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.dt_bias = nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype))
+        self.A_log = nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype))
+        self.D = nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype))
+        self.norm = RMSNorm(
+            self.inner,
+            groups=config.n_groups if config.grouped_norm else 1,
+            eps=config.norm_eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.out_proj = nn.Linear(self.inner, d_model, config.bias, device, dtype)
+
+    @classmethod
+    def check(cls, d_model: int, config: Mamba2Config) -> None:
+        require_at_least_one(
+            config, "d_state", "expand", "headdim", "num_heads", "n_groups", "chunk_size"
+        )
+        check_shared(config)
+        channels = config.expand * d_model
+        if config.num_heads is None and channels % config.headdim:
+            works = nearest(divisors(channels), config.headdim)
+            raise FieldError(
+                "headdim",
+                f"{config.headdim} does not divide expand * d_model = {channels}: "
+                f"{works} does; or set num_heads",
+            )
+        heads = config.heads(d_model)
+        if heads % config.n_groups:
+            works = nearest(divisors(heads), config.n_groups)
+            raise FieldError(
+                "n_groups", f"{config.n_groups} does not divide the {heads} heads: {works} does"
+            )
+        if config.dt_limit_min < 0:
+            raise FieldError("dt_limit_min", f"must be at least 0, got {config.dt_limit_min}")
+        if config.dt_limit_max is not None and config.dt_limit_max <= config.dt_limit_min:
+            raise FieldError(
+                "dt_limit_max",
+                f"must be above dt_limit_min = {config.dt_limit_min}, got {config.dt_limit_max}; "
+                "null sets no limit",
+            )
+
+    @classmethod
+    def costs(
+        cls, d_model: int, config: Mamba2Config, *, length: int, bytes_per_element: int = 4
+    ) -> Costs:
+        inner, heads = config.d_inner(d_model), config.heads(d_model)
+        n, shared = config.d_state, config.n_groups * config.d_state
+        channels, width = inner + 2 * shared, config.d_conv
+        rows = inner + channels + heads
+        parameters = d_model * rows + channels * width + 3 * heads + inner + inner * d_model
+        parameters += channels * config.conv_bias + (rows + d_model) * config.bias
+        projections = 2 * d_model * rows + 2 * width * channels + 2 * inner * d_model
+        chunk = min(config.chunk_size, length)
+        state_bytes = channels * width * bytes_per_element
+        state_bytes += inner * n * max(bytes_per_element, STATE_BYTES)
+        return Costs(
+            parameters=parameters,
+            forward_flops=(projections + 2 * chunk * (shared + inner) + 4 * n * inner) * length,
+            decode_flops=projections + 5 * inner * n,
+            state_bytes=state_bytes,
+            decode_state_bytes=2 * state_bytes,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A is uniform in [-16, -1], step sizes are log-uniform, all as published."""
+        self.conv1d.reset_parameters()
+        init_dt_bias(self.dt_bias, self.config)
+        self.A_log.copy_(torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log_())
+        nn.init.ones_(self.D)
+        self.norm.reset_parameters()
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Mamba2State:
+        """Zeros; its size does not depend on `max_length`."""
+        weight, config = self.conv1d.weight, self.config
+        device = weight.device if device is None else device
+        dtype = dtype or weight.dtype
+        conv = (batch_size, len(weight), config.d_conv)
+        ssm = (batch_size, self.heads, config.headdim, config.d_state)
+        return Mamba2State(
+            torch.zeros(conv, device=device, dtype=dtype),
+            torch.zeros(ssm, device=device, dtype=at_least_float32(dtype)),
+        )
+
+    def forward(
+        self, x_BTD: Tensor, context: Context = PLAIN, state: Mamba2State | None = None
+    ) -> Tensor:
+        z_BTI, xBC_BTC, dt_BTH = self._project(x_BTD)
+        # Masked here, not before in_proj: its bias would make padding differ from no token.
+        xBC_BTC, conv_BCW = causal_conv1d(
+            context.mask_padding(xBC_BTC),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state_BCW=None if state is None else state.conv_BCW,
+            seq_idx_BL=context.seq_idx_BT,
+        )
+        x_BTHP, B_BTGN, C_BTGN = self._split(xBC_BTC)
+        y_BTHP, ssm_BHPN = ssd(
+            x_BTHP,
+            context.mask_padding(dt_BTH),  # a step of zero leaves the state as it is
+            self._decay(),
+            B_BTGN,
+            C_BTGN,
+            self.D,
+            chunk_size=self.config.chunk_size,
+            initial_state_BHPN=None if state is None else state.ssm_BHPN,
+            seq_idx_BL=context.seq_idx_BT,
+        )
+        if state is not None:
+            state.conv_BCW.copy_(conv_BCW.detach())
+            state.ssm_BHPN.copy_(ssm_BHPN.detach())
+        return self.out_proj(self.norm(y_BTHP.flatten(-2), z_BTI))  # type: ignore[no-any-return]
+
+    def step(self, x_BD: Tensor, state: Mamba2State) -> Tensor:
+        z_BI, xBC_BC, dt_BH = self._project(x_BD)
+        weight_CW = self.conv1d.weight.squeeze(1)
+        xBC_BC = causal_conv1d_update(state.conv_BCW, xBC_BC, weight_CW, self.conv1d.bias, "silu")
+        x_BHP, B_BGN, C_BGN = self._split(xBC_BC)
+        y_BHP = ssd_state_update(state.ssm_BHPN, x_BHP, dt_BH, self._decay(), B_BGN, C_BGN, self.D)
+        return self.out_proj(self.norm(y_BHP.flatten(-2), z_BI))  # type: ignore[no-any-return]
+
+    def _decay(self) -> Tensor:
+        """A, negative, at least in float32."""
+        return -upcast(self.A_log).exp()
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate `[..., I]`, the convolution's input `[..., C]`, step sizes `[..., H]` in float32."""
+        widths = [self.inner, self.inner + 2 * self.shared, self.heads]
+        z, xBC, dt = torch.split(self.in_proj(x), widths, -1)
+        dt = F.softplus(upcast(dt) + upcast(self.dt_bias))
+        low, high = self.config.dt_limit_min, self.config.dt_limit_max
+        return z, xBC, dt if (low, high) == (0.0, None) else dt.clamp(low, high)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[..., H, P]`, B and C `[..., G, N]` of the convolution's output `[..., C]`."""
+        x, B, C = torch.split(xBC, [self.inner, self.shared, self.shared], -1)
+        groups = (self.config.n_groups, self.config.d_state)
+        return (
+            torch.unflatten(x, -1, (self.heads, self.config.headdim)),
+            torch.unflatten(B, -1, groups),
+            torch.unflatten(C, -1, groups),
+        )

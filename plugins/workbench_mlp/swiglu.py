@@ -1,0 +1,74 @@
+"""SwiGLU, the gated MLP of Llama and most models since (arXiv:2002.05202).
+
+Weights are named as in transformers' LlamaMLP. Shape suffixes: B batch, T tokens, D d_model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workbench.config import Range
+from workbench.costs import Costs
+from workbench.layer import PLAIN, Context, Layer, State
+from workbench_mlp.width import check, costs, intermediate_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGLUConfig:
+    """Width of a SwiGLU."""
+
+    intermediate_size: Annotated[
+        int | None, "Inner width; null: expand * d_model rounded up to multiple_of"
+    ] = None
+    expand: Annotated[float, Range(1.0, 4.0), "Inner width over d_model"] = 8 / 3
+    multiple_of: Annotated[int, "The inner width is rounded up to a multiple of it"] = 32
+    bias: Annotated[bool, "Biases on all three projections"] = False
+
+
+class SwiGLU(Layer):
+    """`down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+
+    Config = SwiGLUConfig
+    kind = "mlp"
+    glyph = "-"
+    reference = "arXiv:2002.05202; transformers LlamaMLP"
+    output_projection = "down_proj"
+
+    def __init__(
+        self,
+        d_model: int,
+        config: SwiGLUConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, config)
+        width = intermediate_size(d_model, config)
+        factory: dict[str, Any] = {"bias": config.bias, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(d_model, width, **factory)
+        self.up_proj = nn.Linear(d_model, width, **factory)
+        self.down_proj = nn.Linear(width, d_model, **factory)
+
+    @classmethod
+    def check(cls, d_model: int, config: SwiGLUConfig) -> None:
+        check(d_model, config)
+
+    @classmethod
+    def costs(
+        cls, d_model: int, config: SwiGLUConfig, *, length: int, bytes_per_element: int = 4
+    ) -> Costs:
+        return costs(d_model, config, num_inner=2, length=length)
+
+    def forward(
+        self, x_BTD: Tensor, context: Context = PLAIN, state: State | None = None
+    ) -> Tensor:
+        inner = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        return self.down_proj(inner)  # type: ignore[no-any-return]
+
+    def step(self, x_BD: Tensor, state: State) -> Tensor:
+        return self.forward(x_BD)

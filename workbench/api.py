@@ -1,0 +1,191 @@
+"""The notebook's view of the workbench: a layout from anywhere, built, described, or a study.
+
+    layout = workbench.load_layout("mamba-130m")
+    print(workbench.describe("mamba-130m"))
+    model = workbench.build(layout)                    # tokens [B, T] → logits [B, T, V]
+
+Wherever a `source` is taken, it is one of
+
+- a `Layout`, or the same as a dict (what `Layout.to_dict` gives),
+- the name of a preset (`"mamba-130m"`),
+- a trial, as `"study:number"` (`"quickstart:7"`),
+- the path of a JSON file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.builder import Builder, default_builder
+from workbench.description import STATED, Description, describe_layout
+from workbench.errors import FieldError, UnknownNameError, WorkbenchError
+from workbench.layout import Layout
+from workbench.preset import Preset
+from workbench.records import load_study, load_trial
+
+if TYPE_CHECKING:
+    import torch
+
+    from workbench.model import HybridLM
+
+__all__ = ["Source", "build", "describe", "load_layout", "load_study", "preset_table"]
+
+Source = Layout | Mapping[str, Any] | str | Path
+TRIAL = re.compile(r".+:\d+")
+
+
+def load_layout(
+    source: Source,
+    *,
+    plugin_dirs: Iterable[str | Path] = (),
+    runs: str | Path | None = None,
+) -> Layout:
+    """The layout that `source` names, every default written out and every check passed.
+
+    Args:
+        source: see the module's docstring.
+        plugin_dirs: folders whose `.py` files are plugins too.
+        runs: the folder that holds the studies; `WORKBENCH_RUNS`, else `./runs`.
+
+    Raises:
+        WorkbenchError: nothing has that name (says what is near and what was tried), a file that
+            cannot be read, or a trial that has no layout.
+        UnknownNameError, FieldError: the layout names a layer or field that does not exist, or
+            cannot be built; or there is no such study.
+    """
+    return _find(source, plugin_dirs, runs)[1]
+
+
+def build(
+    source: Source,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    quantized: bool = False,
+    plugin_dirs: Iterable[str | Path] = (),
+    runs: str | Path | None = None,
+) -> HybridLM:
+    """A freshly initialised model: token ids `[batch, length]` to logits `[batch, length, vocab]`.
+
+    The weights of a trial are not loaded: this gives its architecture.
+
+    Args:
+        source: see the module's docstring.
+        device: `"meta"` allocates nothing.
+        dtype: of weights; torch's default (float32) if None.
+        seed: of the initial weights; torch's global generator is left untouched.
+        quantized: store each block's weights as the layout's quantizers say.
+        plugin_dirs, runs: as in `load_layout`.
+
+    Raises:
+        UnknownNameError, FieldError, WorkbenchError: as `load_layout`.
+    """
+    builder, layout, _ = _find(source, plugin_dirs, runs)
+    model = builder.build(layout, device=device, dtype=dtype, seed=seed)
+    if quantized:
+        builder.quantize(model)
+    return model
+
+
+def describe(
+    source: Source,
+    *,
+    context: int = 2048,
+    batch_size: int = 1,
+    bytes_per_element: int = 2,
+    plugin_dirs: Iterable[str | Path] = (),
+    runs: str | Path | None = None,
+) -> Description:
+    """Exact parameters, FLOPs, weight and state bytes, a row a block; nothing is allocated.
+
+    Args:
+        source: see the module's docstring; a preset's claim stands beside its exact count.
+        context: tokens of a sequence at which FLOPs and state bytes are given.
+        batch_size: sequences whose states are held.
+        bytes_per_element: of weights that no quantizer stores, and of caches: 2 (bfloat16),
+            4 (float32) or 8.
+        plugin_dirs, runs: as in `load_layout`.
+
+    Returns:
+        A Description: `print` it, or take `.frame()` (pandas), `.to_dict()` (JSON), `.total`.
+
+    Raises:
+        UnknownNameError, FieldError, WorkbenchError: as `load_layout`; FieldError also for an
+            argument that makes no sense.
+    """
+    for name, value in (("context", context), ("batch_size", batch_size)):
+        if value < 1:
+            raise FieldError(name, f"must be at least 1, got {value}")
+    if bytes_per_element not in (2, 4, 8):
+        raise FieldError("bytes_per_element", f"must be 2, 4 or 8, got {bytes_per_element}")
+    builder, layout, preset = _find(source, plugin_dirs, runs)
+    return describe_layout(
+        builder,
+        layout,
+        context=context,
+        batch_size=batch_size,
+        bytes_per_element=bytes_per_element,
+        name=str(source) if isinstance(source, str | Path) else "",
+        preset=preset,
+    )
+
+
+def preset_table(*, plugin_dirs: Iterable[str | Path] = ()) -> str:
+    """A Markdown table of every preset: exact parameters beside those that its source states."""
+    builder = _builder(plugin_dirs)
+    lines = [f"| preset | exact parameters | {STATED} | source |", "|---|---:|---:|---|"]
+    for name in builder.presets:
+        preset = builder.presets[name]
+        exact = builder.costs(preset.layout(), length=1).total.parameters
+        stated = preset.stated_parameters or "–"
+        lines.append(f"| {name} | {exact:,} | {stated} | {preset.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def _find(
+    source: Source, plugin_dirs: Iterable[str | Path], runs: str | Path | None
+) -> tuple[Builder, Layout, Preset | None]:
+    """The resolved layout, the builder that knows its plugins, and the preset if it is one."""
+    builder = _builder(plugin_dirs)
+    if isinstance(source, Layout):
+        return builder, builder.resolve(source), None
+    if isinstance(source, Mapping):
+        return builder, builder.resolve(Layout.from_dict(source)), None
+    path = Path(source)
+    if not (isinstance(source, str) and source in builder.presets):
+        if path.suffix == ".json" or path.exists() or isinstance(source, Path):
+            return builder, builder.resolve(Layout.read(path)), None
+        if TRIAL.fullmatch(source):
+            return *_trial(source, plugin_dirs, runs), None
+    preset = _preset(builder, source)
+    return builder, builder.resolve(preset.layout()), preset
+
+
+def _preset(builder: Builder, name: str) -> Preset:
+    try:
+        return builder.presets[name]
+    except UnknownNameError as error:
+        raise WorkbenchError(
+            f"{error} There is no file {Path(name).absolute()} either, and a trial is written "
+            "STUDY:NUMBER, such as quickstart:7."
+        ) from None
+
+
+def _trial(
+    name: str, plugin_dirs: Iterable[str | Path], runs: str | Path | None
+) -> tuple[Builder, Layout]:
+    from workbench.export import trial_builder
+
+    # The study may have brought plugins of its own, and its layers be among them.
+    trial = load_trial(name, runs)
+    builder, _ = trial_builder(trial, tuple(map(Path, plugin_dirs)))
+    return builder, builder.resolve(trial.layout)
+
+
+def _builder(plugin_dirs: Iterable[str | Path]) -> Builder:
+    folders = dict.fromkeys(str(Path(folder).resolve()) for folder in plugin_dirs)
+    return default_builder(tuple(folders))

@@ -1,0 +1,53 @@
+"""Contract suites for plugin authors: subclass one, supply the class under test, run pytest.
+
+    from workbench.testing import LayerContract
+
+    class TestMyLayer(LayerContract):
+        layer = MyLayer
+        configs = [MyLayer.Config(), MyLayer.Config(num_heads=8)]
+
+A suite that passes says that the builder, the trainer, the quantizers and the exporters can treat
+the plugin's thing like a built-in one. Two fixtures come with the installation (see
+`workbench.testing.pytest_plugin`): `builder` and `small_layout`.
+
+Names are loaded on first use: the pytest plugin lives in this package and is imported by every
+pytest run on a machine that has the workbench installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.testing.data import DataSourceContract
+    from workbench.testing.layers import LayerContract
+    from workbench.testing.metrics import MetricContract
+    from workbench.testing.placements import PlacementContract
+    from workbench.testing.quantizers import QuantizerContract
+
+_HOME_OF = {
+    "DataSourceContract": "workbench.testing.data",
+    "LayerContract": "workbench.testing.layers",
+    "MetricContract": "workbench.testing.metrics",
+    "PlacementContract": "workbench.testing.placements",
+    "QuantizerContract": "workbench.testing.quantizers",
+}
+
+__all__ = [
+    "DataSourceContract",
+    "LayerContract",
+    "MetricContract",
+    "PlacementContract",
+    "QuantizerContract",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'workbench.testing' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,32 @@
+"""LayerContract: the tests that any layer must pass."""
+
+from __future__ import annotations
+
+from workbench.testing.layers.bookkeeping import BookkeepingTests
+from workbench.testing.layers.outputs import OutputTests
+from workbench.testing.layers.training import TrainingTests
+
+
+class LayerContract(OutputTests, TrainingTests, BookkeepingTests):
+    """Everything that the rest of the workbench relies on in a layer.
+
+        class TestMyLayer(LayerContract):
+            layer = MyLayer
+            configs = [MyLayer.Config(), MyLayer.Config(num_heads=1)]
+
+    Outputs are compared in float64, so that a difference is a mistake and no rounding.
+
+    Class attributes:
+        layer: the class under test.
+        configs: Config instances that can be built at `d_model`; cover every branch of the layer.
+        d_model: residual width of the tests, 32.
+        lengths: sequence lengths; one above the layer's chunk size finds mistakes at its borders.
+        tolerance: in float64, relative to the largest output.
+        float32_tolerance: of float32 against float64, likewise.
+        straight_through: True for a layer with a straight-through estimator (quantization-aware
+            training), whose gradients are no derivatives: they are then not held against finite
+            differences.
+    """
+
+
+__all__ = ["LayerContract"]
