@@ -16,7 +16,9 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     Args:
         points: `[n, k]`, every column minimized.
     """
-    values = np.asarray(points, dtype=float).reshape(len(points), -1)
+    if not points:
+        return []
+    values = np.asarray(points, dtype=float)
     kept = []
     for index, point in enumerate(values):
         if np.isnan(point).any():

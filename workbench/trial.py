@@ -154,11 +154,14 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
     with _Recorded(verdict):
         _judge_measured(place, layout, verdict)
         model = _train(place, layout, folder, verdict, emit)
+        trained = place.subject(layout, model)
         with _Timed(verdict, "trained"):
-            _measure(place, "trained", place.subject(layout, model), verdict)
+            _measure(place, "trained", trained, verdict)
         with _Timed(verdict, "quantized"):
-            _quantize(place.builder, model, verdict)
-            _measure(place, "quantized", place.subject(layout, model), verdict)
+            changed = _quantize(place.builder, model, verdict)
+            # Nothing quantized: the same weights, so the same pass over the validation part.
+            stored = place.subject(layout, model) if changed else trained
+            _measure(place, "quantized", stored, verdict)
     return verdict
 
 
@@ -200,11 +203,13 @@ def _train(
     return model
 
 
-def _quantize(builder: Builder, model: HybridLM, verdict: Verdict) -> None:
+def _quantize(builder: Builder, model: HybridLM, verdict: Verdict) -> bool:
+    """Store the weights as the layout says; False if it says to leave them all as they are."""
     reports = builder.quantize(model)
     verdict.details["quantization"] = [
         None if report is None else dataclasses.asdict(report) for report in reports
     ]
+    return any(report is not None for report in reports)
 
 
 def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict) -> None:

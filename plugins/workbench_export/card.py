@@ -8,6 +8,7 @@ from typing import Any
 
 from workbench.builder import Builder
 from workbench.model import HybridLM
+from workbench_export.code import ModelCode
 from workbench_export.proof import Proof
 
 FRONT_MATTER = """\
@@ -48,16 +49,14 @@ class Facts:
     Attributes:
         name: of the folder.
         weight_bytes: of the weights file.
-        layers: registered name → (file, class) of its code in the folder.
-        quantizers: the same for the quantizers in use.
+        code: the Python files of the folder.
         proof: what the fresh process found.
         metadata: as given to the exporter.
     """
 
     name: str
     weight_bytes: int
-    layers: Mapping[str, tuple[str, str]]
-    quantizers: Mapping[str, tuple[str, str]]
+    code: ModelCode
     proof: Proof
     metadata: Mapping[str, Any]
 
@@ -105,11 +104,11 @@ def _loading(facts: Facts) -> str:
 def _layers(model: HybridLM, builder: Builder, facts: Facts) -> str:
     rows = ["| | name | blocks | code | from |", "|---|---|---|---|---|"]
     blocks = list(enumerate(model.layout.blocks))
-    for name, code in facts.layers.items():
+    for name, code in facts.code.layers.items():
         at = [index for index, block in blocks if block.layer == name]
         glyph = f"`{builder.layers[name].glyph}`"
         rows.append(_row(glyph, name, at, code, builder.layers.provenance(name)))
-    for name, code in facts.quantizers.items():
+    for name, code in facts.code.quantizers.items():
         at = [index for index, block in blocks if block.quantizer and block.quantizer.name == name]
         rows.append(_row("quantizer", name, at, code, builder.quantizers.provenance(name)))
     return "\n".join(rows) + "\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import json
 import os
 import shutil
@@ -27,19 +26,9 @@ from workbench.errors import WorkbenchError
 from workbench.exporter import Exporter, ExportReport
 from workbench.model import HybridLM
 from workbench_export.card import Facts, model_card
+from workbench_export.code import AUTO_MAP, ModelCode, model_code
 from workbench_export.proof import prove
 from workbench_export.tokenizer import save_tokenizer
-from workbench_export.vendoring import Vendored, vendor
-
-MODELING = "workbench_export.modeling_workbench"
-CONFIGURATION = "workbench_export.configuration_workbench"
-REGISTERED = "workbench_export.registered"
-STEMS = {MODELING: "modeling_workbench", CONFIGURATION: "configuration_workbench"}
-AUTO_MAP = {
-    "AutoConfig": "configuration_workbench.WorkbenchConfig",
-    "AutoModel": "modeling_workbench.WorkbenchModel",
-    "AutoModelForCausalLM": "modeling_workbench.WorkbenchForCausalLM",
-}
 
 
 class HuggingFace(Exporter):
@@ -64,43 +53,21 @@ class HuggingFace(Exporter):
             raise WorkbenchError(f"{out} is there already: name a new folder, or remove it first.")
         model = _as_stored(model, builder)
         _refuse_unsaved_buffers(model)
-        layers = {block.layer: builder.layers[block.layer] for block in model.layout.blocks}
-        quantizers = {
-            block.quantizer.name: builder.quantizers[block.quantizer.name]
-            for block in model.layout.blocks
-            if block.quantizer is not None
-        }
-        packages = _packages(builder, [*layers.values(), *quantizers.values()])
-        code = vendor(
-            MODELING,
-            packages,
-            stems=STEMS,
-            texts={REGISTERED: _registered_source(layers, quantizers)},
-        )
+        code = model_code(model.layout, builder)
         with _new_folder(out) as folder:
             for name, text in code.files.items():
                 (folder / name).write_text(text, encoding="utf-8")
             special = save_tokenizer(metadata.get("tokenizer"), model.layout.vocab_size, folder)
             _write_configs(folder, model, special)
             weight_bytes = _write_weights(folder / "model.safetensors", model)
-            proof = prove(model, folder, packages, code.foreign)
+            proof = prove(model, folder, code.packages, code.foreign)
             facts = Facts(
-                name=out.name,
-                weight_bytes=weight_bytes,
-                layers=_code_of(layers, code),
-                quantizers=_code_of(quantizers, code),
-                proof=proof,
-                metadata=metadata,
+                name=out.name, weight_bytes=weight_bytes, code=code, proof=proof, metadata=metadata
             )
             (folder / "README.md").write_text(model_card(model, builder, facts), encoding="utf-8")
-            _write_json(
-                folder / "workbench.json", _provenance(builder, layers, quantizers, metadata)
-            )
-            files = tuple(sorted(path.name for path in folder.iterdir()))
-        return ExportReport(path=out, files=files, max_difference=proof.max_difference)
-
-
-# The model
+            _write_json(folder / "workbench.json", _record(builder, code, metadata))
+            written = tuple(sorted(path.name for path in folder.iterdir()))
+        return ExportReport(path=out, files=written, max_difference=proof.max_difference)
 
 
 def _as_stored(model: HybridLM, builder: Builder) -> HybridLM:
@@ -165,70 +132,15 @@ def _write_configs(folder: Path, model: HybridLM, special: Mapping[str, int | No
     _write_json(folder / "generation_config.json", {**known, **made_with})
 
 
-# The code
-
-
-def _packages(builder: Builder, things: list[type]) -> set[str]:
-    """The workbench, its plugins and whatever the layers come from: what is to be carried along."""
-    modules = [found.module for found in builder.plugins.loaded.values()]
-    modules += [thing.__module__ for thing in things]
-    return {"workbench", __name__.partition(".")[0], *(name.partition(".")[0] for name in modules)}
-
-
-def _registered_source(layers: Mapping[str, type], quantizers: Mapping[str, type]) -> str:
-    """The source of `workbench_export.registered` with its tables filled."""
-    lines = [
-        '"""The layer types and quantizers of this model, by their names in its layout."""',
-        "",
-    ]
-    tables = []
-    for table, prefix, things in (
-        ("LAYERS", "Layer", layers),
-        ("QUANTIZERS", "Quantizer", quantizers),
-    ):
-        rows = []
-        for number, (name, thing) in enumerate(things.items()):
-            _require_top_level(name, thing)
-            local = f"{prefix}{number}"
-            lines.append(f"from {thing.__module__} import {thing.__qualname__} as {local}")
-            rows.append(f'    "{name}": {local},\n')
-        tables.append(f"{table} = {{\n{''.join(rows)}}}\n")
-    return "\n".join([*lines, "", *tables])
-
-
-def _require_top_level(name: str, thing: type) -> None:
-    module = inspect.getmodule(thing)
-    if module is None or getattr(module, thing.__qualname__, None) is not thing:
-        raise WorkbenchError(
-            f"{name!r} is the class {thing.__qualname__} of {thing.__module__}, which no import "
-            "statement can reach: define it at the top level of a module of your plugin."
-        )
-
-
-def _code_of(things: Mapping[str, type], code: Vendored) -> dict[str, tuple[str, str]]:
-    return {
-        name: (f"{code.stems[thing.__module__]}.py", thing.__qualname__)
-        for name, thing in things.items()
-    }
-
-
-# The folder
-
-
-def _provenance(
-    builder: Builder,
-    layers: Mapping[str, type],
-    quantizers: Mapping[str, type],
-    metadata: Mapping[str, Any],
-) -> dict[str, Any]:
+def _record(builder: Builder, code: ModelCode, metadata: Mapping[str, Any]) -> dict[str, Any]:
     def of(origin: Provenance) -> dict[str, str | None]:
         # Where the plugin lay on this machine is nobody else's concern.
         return {name: value for name, value in origin.to_dict().items() if name != "file"}
 
     return {
         **metadata,
-        "layers": {name: of(builder.layers.provenance(name)) for name in layers},
-        "quantizers": {name: of(builder.quantizers.provenance(name)) for name in quantizers},
+        "layers": {name: of(builder.layers.provenance(name)) for name in code.layers},
+        "quantizers": {name: of(builder.quantizers.provenance(name)) for name in code.quantizers},
     }
 
 

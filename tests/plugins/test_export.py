@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.dynamic_module_utils import get_imports
 
 from workbench.builder import Builder
-from workbench.errors import WorkbenchError
 from workbench.exporter import ExportReport
 from workbench.layer import Context
 from workbench.layout import Block, Layout, Named
@@ -28,8 +27,6 @@ from workbench.model import HybridLM
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parents[1] / "plugins/example-linear-attention/lm_linear_attention.py"
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
 
 
 @dataclasses.dataclass
@@ -40,6 +37,7 @@ class Exported:
     report: ExportReport
     tokens: Tensor
     seen: dict[str, Tensor]
+    untouched: bool
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,8 +51,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def plugin_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plugins")
-    shutil.copy(EXAMPLE, folder)
-    (folder / "fickle.py").write_text(FICKLE, encoding="utf-8")
+    shutil.copy(EXAMPLE, folder / "lm-linear-attention.py")
     return folder
 
 
@@ -117,13 +114,16 @@ QUANTIZED = Layout(
 
 def exported(layout: Layout, builder: Builder, folder: Path, **metadata: Any) -> Exported:
     model = builder.build(layout, seed=1)
+    before = model.training, str(model)
     report = builder.exporters["huggingface"].export(
         model, builder, folder / "model", None, {**METADATA, **metadata}
     )
+    untouched = before == (model.training, str(model))
     builder.quantize(model)
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(layout.vocab_size, (2, 40), generator=generator)
-    return Exported(model.eval(), report, tokens, probe(builder, report.path, tokens))
+    seen = probe(builder, report.path, tokens)
+    return Exported(model.eval(), report, tokens, seen, untouched)
 
 
 def probe(builder: Builder, folder: Path, tokens: Tensor) -> dict[str, Tensor]:
@@ -243,6 +243,28 @@ class TestFreshProcess:
 
 
 class TestFolder:
+    def test_the_model_stays_as_it_was(self, case: Exported) -> None:
+        assert case.untouched
+
+    def test_its_code_asks_for_nothing_but_torch_and_transformers(self, case: Exported) -> None:
+        for path in case.report.path.glob("*.py"):
+            packages = set(get_imports(path)) - sys.stdlib_module_names
+            assert packages <= {"torch", "transformers"}, path.name
+
+    def test_weights_keep_their_dtype(self, stocked: Builder, tmp_path: Path) -> None:
+        layout = Layout(d_model=32, vocab_size=20, blocks=(Block(layer="mamba"),))
+        model = stocked.build(layout, dtype=torch.bfloat16)
+        out = tmp_path / "deep" / "er"
+        report = stocked.exporters["huggingface"].export(model, stocked, out, None, {})
+        assert report.max_difference <= 1e-5
+        stored = load_file(out / "model.safetensors")
+        ours = model.state_dict()
+        assert {stored[f"model.{name}"].dtype for name in ours if name != "lm_head.weight"} == {
+            torch.bfloat16
+        }
+        assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+        assert "It has no tokenizer" in (out / "README.md").read_text()
+
     def test_the_report_lists_what_is_there(self, case: Exported) -> None:
         assert case.report.files == tuple(sorted(p.name for p in case.report.path.iterdir()))
 
@@ -292,147 +314,3 @@ class TestFolder:
     def test_anyone_may_read_it(self, case: Exported) -> None:
         modes = {path.name: path.stat().st_mode for path in case.report.path.iterdir()}
         assert modes["model.safetensors"] == modes["config.json"]
-
-
-FICKLE = '''
-"""Layers that cannot be exported, each for a reason of its own."""
-
-import torch
-import workbench
-from torch import nn
-
-OFFSET = 0.0
-
-
-class Fickle(workbench.Layer):
-    """Adds what a global holds."""
-
-    kind = "mlp"
-
-    def __init__(self, d_model, config, **factory):
-        super().__init__(d_model, config)
-
-    @classmethod
-    def costs(cls, d_model, config, *, length, bytes_per_element=4):
-        return workbench.Costs()
-
-    def forward(self, x_BTD, context=workbench.Context(), state=None):
-        return x_BTD + OFFSET * torch.arange(x_BTD.shape[-1])
-
-
-class Forgetful(Fickle):
-    """Keeps a buffer out of its state dict."""
-
-    def __init__(self, d_model, config, **factory):
-        super().__init__(d_model, config)
-        self.inner = nn.Identity()
-        self.inner.register_buffer("table", torch.ones(d_model), persistent=False)
-
-
-class Leaky(Fickle):
-    """Its step is not its forward."""
-
-    def step(self, x_BD, state):
-        return x_BD.flip(-1)
-
-
-class Broken(Fickle):
-    """Cannot be built on the meta device."""
-
-    def __init__(self, d_model, config, **factory):
-        super().__init__(d_model, config)
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.largest = self.weight.max().item()
-
-
-def hidden_class():
-    class Inner(Fickle):
-        pass
-
-    return Inner
-
-
-@workbench.hookimpl
-def register_layers(register):
-    for layer in (Fickle, Forgetful, Leaky, Broken):
-        register(layer.__name__.lower(), layer)
-    register("inner", hidden_class())
-'''
-
-
-class TestRefusals:
-    def export(self, builder: Builder, layer: str, out: Path, **metadata: Any) -> ExportReport:
-        layout = Layout(d_model=8, vocab_size=16, blocks=(Block(layer=layer),))
-        exporter = builder.exporters["huggingface"]
-        return exporter.export(builder.build(layout), builder, out, None, metadata)
-
-    def refused(self, builder: Builder, layer: str, folder: Path, **metadata: Any) -> str:
-        """The message of a refusal, after which nothing is left."""
-        with pytest.raises(WorkbenchError) as caught:
-            self.export(builder, layer, folder / "out", **metadata)
-        assert list(folder.iterdir()) == []
-        return str(caught.value)
-
-    def test_an_existing_folder_is_left_alone(self, stocked: Builder, tmp_path: Path) -> None:
-        (tmp_path / "notes").touch()
-        with pytest.raises(WorkbenchError, match="there already"):
-            self.export(stocked, "fickle", tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["notes"]
-
-    def test_a_file_where_a_folder_should_be(self, stocked: Builder, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(WorkbenchError, match="cannot write"):
-            self.export(stocked, "fickle", tmp_path / "file" / "out")
-
-    def test_a_disk_that_takes_no_more(self, stocked: Builder, tmp_path: Path) -> None:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
-        try:
-            message = self.refused(stocked, "fickle", tmp_path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "cannot write" in message
-        assert "make room" in message
-
-    def test_weights_that_do_not_fit(self, stocked: Builder, tmp_path: Path) -> None:
-        layout = Layout(d_model=8, vocab_size=65536, blocks=(Block(layer="fickle"),))
-        model = stocked.build(layout)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-        try:
-            with pytest.raises(WorkbenchError, match="cannot write"):
-                stocked.exporters["huggingface"].export(model, stocked, tmp_path / "o", None, {})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_buffer_that_is_not_saved(self, stocked: Builder, tmp_path: Path) -> None:
-        message = self.refused(stocked, "forgetful", tmp_path)
-        assert "blocks[0] (forgetful): buffer 'inner.table'" in message
-
-    def test_a_class_that_no_import_reaches(self, stocked: Builder, tmp_path: Path) -> None:
-        message = self.refused(stocked, "inner", tmp_path)
-        assert "top level of a module" in message
-
-    def test_a_tokenizer_of_another_model(self, stocked: Builder, tmp_path: Path) -> None:
-        message = self.refused(stocked, "fickle", tmp_path, tokenizer={"kind": "bytes"})
-        assert "256 tokens and the model knows 16" in message
-
-    def test_a_tokenizer_that_is_not_there(self, stocked: Builder, tmp_path: Path) -> None:
-        wanted = {"kind": "hf", "name_or_path": str(tmp_path / "nowhere")}
-        assert "cannot be loaded" in self.refused(stocked, "fickle", tmp_path, tokenizer=wanted)
-
-    def test_logits_that_differ(
-        self, stocked: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        module = sys.modules[stocked.layers["fickle"].__module__]
-        monkeypatch.setattr(module, "OFFSET", 1.0)
-        assert "logits differ by" in self.refused(stocked, "fickle", tmp_path)
-
-    def test_a_cache_that_is_wrong(self, stocked: Builder, tmp_path: Path) -> None:
-        assert "generating with the cache differs" in self.refused(stocked, "leaky", tmp_path)
-
-    def test_a_folder_that_does_not_load(self, stocked: Builder, tmp_path: Path) -> None:
-        message = self.refused(stocked, "broken", tmp_path)
-        assert "does not load in a fresh process" in message
-        assert "item()" in message

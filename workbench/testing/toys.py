@@ -68,7 +68,7 @@ class ToyMixer(Layer):
         )
 
     def init_state(self, batch_size: int, max_length: int, **factory: Any) -> ToyState:
-        return ToyState(torch.zeros(batch_size, self.in_proj.out_features, **factory))
+        return ToyState(torch.zeros(batch_size, len(self.decay_I), **factory))
 
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: ToyState | None = None
@@ -127,7 +127,7 @@ class ToyText(DataSource):
     """Made-up sentences as bytes: even ones to train on, odd ones to judge by."""
 
     WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child")
-    SENTENCES = 400
+    SENTENCES = 120
 
     def __init__(self, config: NoConfig, *, seed: int = 0, cache_dir: Path) -> None:
         super().__init__(config, seed=seed, cache_dir=cache_dir)

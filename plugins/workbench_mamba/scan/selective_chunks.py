@@ -229,8 +229,10 @@ class _Gradients:
 
         # With h_{t-1}, decayed adjoints are the gradient of the exponent, delta * A.
         dexponent = chunk.decay.mul_(chunk.previous)
-        ddelta = torch.mul(dexponent, self.A, out=adjoint).sum(2)
-        self._store(self.ddelta, at, ddelta.addcmul_(dinput, chunk.u))
+        ddelta = dinput.mul_(chunk.u)
+        for dexponent_QBD, A_D in zip(dexponent.unbind(2), self.A, strict=True):
+            ddelta.addcmul_(dexponent_QBD, A_D)
+        self._store(self.ddelta, at, ddelta)
         dexponent.mul_(chunk.delta.unsqueeze(2))
         # A row of ones through the matrix product: a sum over the outer axes at memory speed.
         pairs = dexponent.shape[0] * dexponent.shape[1]

@@ -6,32 +6,35 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from workbench.testing.configs import ConfigContract
 
 PARAMETERS = {"padding": 4}
 
 
-def failing_tests(suite: type[ConfigContract], folder: Path, only: str = "") -> dict[str, str]:
-    """The tests of `suite` (or one of them) that fail on any of its configs, and with what.
+def suite_tests(suite: type[ConfigContract]) -> set[str]:
+    """The names of its tests."""
+    return {name for name in dir(suite) if name.startswith("test_")}
 
-    Skips are `BaseException`s of pytest and go through: a fault must not hide behind one.
+
+def failure(base: type[ConfigContract], test: str, folder: Path, **attributes: Any) -> str:
+    """How one test of a suite fails on the first config that it fails on; "" if on none.
+
+    Skips go through: a fault must not hide behind one.
+
+    Args:
+        attributes: of the subclass of `base` that an author would write.
     """
-    failed = {}
-    for number, name in enumerate(dir(suite)):
-        if name.startswith(only or "test_"):
-            wanted = inspect.signature(getattr(suite, name)).parameters
-            for config in suite.configs if "config" in wanted else [None]:
-                tmp_path = folder / f"{number}-{id(config)}"
-                tmp_path.mkdir()
-                known = {**PARAMETERS, "config": config, "tmp_path": tmp_path}
-                arguments = {key: known[key] for key in wanted if key != "self"}
-                try:
-                    getattr(suite(), name)(**arguments)
-                except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {error}"
-    return failed
-
-
-def suite_of(base: type[ConfigContract], **attributes: Any) -> type[ConfigContract]:
-    """A subclass of `base` as an author would write it."""
-    return type("Suite", (base,), attributes)
+    suite = type("Suite", (base,), attributes)
+    wanted = inspect.signature(getattr(suite, test)).parameters
+    for number, config in enumerate(suite.configs if "config" in wanted else [None]):
+        tmp_path = folder / str(number)
+        tmp_path.mkdir(parents=True)
+        known = {**PARAMETERS, "config": config, "tmp_path": tmp_path}
+        arguments = {name: known[name] for name in wanted if name != "self"}
+        try:
+            getattr(suite(), test)(**arguments)
+        except (Exception, pytest.fail.Exception) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
