@@ -89,7 +89,7 @@ def _values(points: pd.DataFrame, quantity: Quantity, whole: pd.DataFrame) -> pd
 
 def _heading(points: pd.DataFrame, quantity: Quantity) -> str:
     _, unit = quantity.scale(points[quantity.name].abs().max() if len(points) else 0.0)
-    return quantity.heading(unit)
+    return f"{quantity.name} [{unit}]" if unit else quantity.name
 
 
 def _points(
@@ -130,9 +130,7 @@ def _reach(points: pd.DataFrame, x: Quantity, y: Quantity) -> go.Scatter | None:
     """The staircase through the points that are best in `x` and `y` alone."""
     if x.direction is None or y.direction is None or x.name == y.name or points.empty:
         return None
-    kept = pareto_front(
-        list(zip(x.sign * points[x.name], y.sign * points[y.name], strict=True))
-    )
+    kept = pareto_front(list(zip(x.sign * points[x.name], y.sign * points[y.name], strict=True)))
     best = points.iloc[kept].sort_values([x.name, y.name])
     return go.Scatter(
         x=_values(best, x, points),
@@ -140,7 +138,7 @@ def _reach(points: pd.DataFrame, x: Quantity, y: Quantity) -> go.Scatter | None:
         mode="lines",
         # A corner lies where both of its neighbours still dominate.
         line={"shape": "hv" if x.direction == "minimize" else "vh", "dash": "dot", "color": INK},
-        name="best in these two",
+        name="front of these two",
         hoverinfo="skip",
     )
 
@@ -159,7 +157,6 @@ def _colour_axis(points: pd.DataFrame, colour: Quantity | None) -> dict[str, Any
         return {"showscale": False}
     return {
         "colorscale": SCALE,
-        # Brighter is better, whichever way that is; black on white is hard to miss for the rest.
-        "reversescale": colour.direction == "minimize",
+        "reversescale": colour.direction == "maximize",  # darker is better, either way
         "colorbar": {"title": {"text": _heading(points, colour), "side": "right"}, "thickness": 14},
     }

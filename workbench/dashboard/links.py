@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import streamlit as st
 
 from workbench.dashboard.reading import ReadableStudy, ReadableTrial
 from workbench.errors import WorkbenchError
 
-PAGES = Path(__file__).parent / "pages"
-STUDIES = str(PAGES / "studies.py")
-STUDY = str(PAGES / "study.py")
-TRIAL = str(PAGES / "trial.py")
+# Not "pages": Streamlit would serve what lies in such a folder by itself, without our page map, to
+# whoever opens a link before anyone has opened the first page.
+VIEWS = Path(__file__).parent / "views"
+STUDIES = str(VIEWS / "studies.py")
+STUDY = str(VIEWS / "study.py")
+TRIAL = str(VIEWS / "trial.py")
 
 
 def chosen_study(studies: Sequence[ReadableStudy]) -> ReadableStudy | None:
@@ -62,13 +63,13 @@ def remember(study: ReadableStudy, trial: ReadableTrial | None = None) -> None:
         st.query_params["trial"] = str(trial.number)
 
 
-def open_study(name: str) -> NoReturn:
+def open_study(name: str) -> None:
     """Leave this page for a study's."""
     st.session_state["study"] = name
     st.switch_page(STUDY)
 
 
-def open_trial(study: str, number: int) -> NoReturn:
+def open_trial(study: str, number: int) -> None:
     """Leave this page for a trial's."""
     st.session_state["study"] = study
     st.session_state["trial"] = (study, number)

@@ -45,8 +45,9 @@ class Quantity:
         return 1.0, self.unit
 
     def heading(self, unit: str) -> str:
-        """The name with a unit in brackets."""
-        return f"{self.name} [{unit}]" if unit else self.name
+        """The name with a unit in brackets, unless the name says it."""
+        said = not unit or self.name == unit or self.name.endswith(f"_{unit}")
+        return self.name if said else f"{self.name} [{unit}]"
 
     def text(self, value: float | None) -> str:
         """One value with its unit."""
@@ -68,3 +69,13 @@ def quantities(study: Study) -> dict[str, Quantity]:
         )
         for name in dict.fromkeys([*directions, *study.units])
     }
+
+
+TRIAL = Quantity(name="trial")  # a trial's number, as an axis: how the search went on
+
+
+def default_axes(metrics: Mapping[str, Quantity]) -> tuple[Quantity, Quantity, Quantity | None]:
+    """x, y and colour to begin with: the second, the first and the third objective."""
+    objectives = [quantity for quantity in metrics.values() if quantity.direction is not None]
+    x = objectives[1] if len(objectives) > 1 else TRIAL
+    return x, objectives[0], objectives[2] if len(objectives) > 2 else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import WorkbenchError
 from workbench.files import read_json
-from workbench.records import OUTCOMES, Objective, Study, Trial, runs_folder
+from workbench.records import OUTCOMES, Study, Trial, runs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,21 +67,19 @@ class ReadableStudy(Study):
         _require(read_json(file), {"name": str, "objectives": list, "units": dict}, file)
         super().__init__(path)
         self.name = path.name  # what commands call it, also where someone renamed its folder
+        try:
+            objectives = self.objectives
+        except TypeError as error:
+            raise WorkbenchError(f"{file} is damaged: {error}") from None
+        if not objectives:
+            raise WorkbenchError(f"{file} is damaged: it names no objective")
         self.damaged: list[str] = []
         self._trials: list[ReadableTrial] = []
         for folder in sorted((path / "trials").glob("[0-9]*[0-9]")):
             try:
-                self._trials += _trial_in(self.name, folder)
+                self._trials += map(self._with_objectives, _trial_in(self.name, folder))
             except WorkbenchError as error:
                 self.damaged.append(str(error))
-
-    @cached_property
-    def objectives(self) -> tuple[Objective, ...]:
-        """As `Study.objectives`."""
-        try:
-            return super().objectives
-        except TypeError as error:
-            raise WorkbenchError(f"{self.path / 'study.json'} is damaged: {error}") from None
 
     def trials(self) -> list[Trial]:
         """Every trial whose record can be read, by number."""
@@ -88,12 +87,25 @@ class ReadableStudy(Study):
 
     def trial(self, number: int) -> ReadableTrial:
         """One trial; see `Study.trial`."""
-        return ReadableTrial(self.name, super().trial(number).path)
+        return self._with_objectives(ReadableTrial(self.name, super().trial(number).path))
+
+    def _with_objectives(self, trial: ReadableTrial) -> ReadableTrial:
+        """The trial, if it has what a complete one must have to be on a front."""
+        if trial.outcome == "complete":
+            objectives = {objective.name: (int, float) for objective in self.objectives}
+            _require(trial.metrics, objectives, trial.path / "trial.json")
+        return trial
 
     @property
     def is_running(self) -> bool:
         """Whether a trial's record says that it is not finished."""
         return any(trial.outcome == "running" for trial in self._trials)
+
+    @property
+    def changed(self) -> float:
+        """When its last trial began, in seconds since 1970."""
+        trials = self.path / "trials"
+        return (trials if trials.is_dir() else self.path / "study.json").stat().st_mtime
 
     @cached_property
     def layer_names(self) -> dict[str, str]:
@@ -106,9 +118,7 @@ class ReadableStudy(Study):
                 blocks = trial.layout.blocks
             except WorkbenchError:
                 continue  # its own page says why; another trial has the same glyphs
-            names.update(
-                zip(trial.pattern, (block.layer for block in blocks), strict=False)
-            )
+            names.update(zip(trial.pattern, (block.layer for block in blocks), strict=False))
         return names
 
     @property
@@ -128,6 +138,15 @@ def read_studies(runs: Path | None = None) -> tuple[list[ReadableStudy], list[st
     return studies, damaged
 
 
+def read_study(name: str, runs: Path | None = None) -> ReadableStudy:
+    """One study, as it is now.
+
+    Raises:
+        WorkbenchError: it cannot be read, or no longer.
+    """
+    return ReadableStudy(runs_folder(runs) / name)
+
+
 def _trial_in(study: str, folder: Path) -> list[ReadableTrial]:
     """The trial in a folder; none if it left no record yet."""
     try:
@@ -143,7 +162,7 @@ def _cached_trial(study: str, folder: Path, mtime_ns: int, size: int) -> Readabl
     return ReadableTrial(study, folder)
 
 
-def _require(data: Any, fields: dict[str, type], file: Path) -> None:
+def _require(data: Any, fields: Mapping[str, type | tuple[type, ...]], file: Path) -> None:
     if not isinstance(data, dict):
         raise WorkbenchError(f"{file} is damaged: expected an object, got {type(data).__name__}")
     for name, kind in fields.items():

@@ -29,25 +29,23 @@ def palette(layers: Iterable[str], mlps: Collection[str] = ()) -> dict[str, str]
     return colours
 
 
-def strip_svg(pattern: str, colours: Sequence[str], titles: Sequence[str] = ()) -> str:
+def strip_svg(pattern: str, colours: Sequence[str]) -> str:
     """A strip as SVG text.
 
     Args:
         pattern: a glyph a block, written into its cell where the cell is wide enough.
         colours: of each block's cell.
-        titles: what a pointer over each cell shows.
     """
     width = min(float(WIDEST), LONGEST / max(1, len(pattern)))
     gap = GAP if width >= NARROWEST_WITH_GLYPH else width * 0.1
     cells = []
     for index, (glyph, colour) in enumerate(zip(pattern, colours, strict=True)):
         left = index * width
-        title = f"<title>{html.escape(titles[index])}</title>" if titles else ""
         text = _glyph(glyph, left + (width - gap) / 2, colour)
         cells.append(
-            f'<g>{title}<rect x="{left:.2f}" y="0" width="{width - gap:.2f}" height="{HEIGHT}" '
+            f'<rect x="{left:.2f}" y="0" width="{width - gap:.2f}" height="{HEIGHT}" '
             f'rx="{min(3.0, width / 4):.2f}" fill="{colour}"/>'
-            f"{text if width >= NARROWEST_WITH_GLYPH else ''}</g>"
+            f"{text if width >= NARROWEST_WITH_GLYPH else ''}"
         )
     total = max(1.0, len(pattern) * width - gap)
     return (
@@ -66,6 +64,21 @@ def pattern_svg(pattern: str, names: Mapping[str, str], colours: Mapping[str, st
     return strip_svg(pattern, [colours.get(names.get(glyph, ""), UNKNOWN) for glyph in pattern])
 
 
+def strip_width(blocks: int) -> float:
+    """How wide the strip of so many blocks is, in pixels."""
+    return min(float(WIDEST * blocks), float(LONGEST))
+
+
+def strip_html(pattern: str, colours: Sequence[str], titles: Sequence[str]) -> str:
+    """A strip as HTML, over several lines if need be; `titles` show under the pointer."""
+    # Streamlit's sanitizer takes SVG out of HTML, but leaves images.
+    cells = "".join(
+        f'<img src="{data_uri(strip_svg(glyph, [colour]))}" title="{html.escape(title)}">'
+        for glyph, colour, title in zip(pattern, colours, titles, strict=True)
+    )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:{GAP}px">{cells}</div>'
+
+
 def data_uri(svg: str) -> str:
     """An SVG text as an address that an image can have."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
@@ -80,7 +93,7 @@ def legend_html(glyphs: Mapping[str, str], colours: Mapping[str, str]) -> str:
     """
     items = "".join(
         '<span style="display:inline-flex;align-items:center;gap:6px">'
-        f"{strip_svg(glyphs.get(name, '?'), [colour])}{html.escape(name)}</span>"
+        f"{strip_html(glyphs.get(name, '?'), [colour], [name])}{html.escape(name)}</span>"
         for name, colour in colours.items()
     )
     return (
