@@ -13,7 +13,8 @@ from workbench.builder import default_builder
 HEAD = """# Presets
 
 Exact counts come from the layers' formulas ([costs](costs.md)); what a document states is its
-claim and is not corrected. `workbench describe NAME` gives a row a block. Made by `docs/make_presets.py`.
+claim and is not corrected. `workbench describe NAME` gives a row a block. Made by
+`docs/make_presets.py`.
 
 """
 

@@ -84,7 +84,7 @@ def wait_until_drawn(page: Page) -> None:
     page.wait_for_function(
         "!document.querySelector('[data-testid=stSkeleton], [data-testid=stStatusWidget]')"
     )
-    page.wait_for_selector(".js-plotly-plot .point, .js-plotly-plot .js-line")
+    page.wait_for_selector(".js-plotly-plot .trace", state="attached")
     page.wait_for_timeout(1000)  # tables are drawn on canvases, which tell nobody
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from workbench.hookspecs import hookimpl
-
 if TYPE_CHECKING:
     from workbench.api import build, describe, load_layout, load_study
     from workbench.builder import Builder
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from workbench.data import Batch, DataSource
     from workbench.errors import FieldError, PluginError, UnknownNameError, WorkbenchError
     from workbench.exporter import Exporter, ExportReport
+    from workbench.hookspecs import hookimpl
     from workbench.layer import Context, Layer, State
     from workbench.layout import Block, Layout, Named
     from workbench.metric import Metric, Subject
@@ -45,6 +44,7 @@ _HOMES = {
     "workbench.data": ("Batch", "DataSource"),
     "workbench.errors": ("FieldError", "PluginError", "UnknownNameError", "WorkbenchError"),
     "workbench.exporter": ("Exporter", "ExportReport"),
+    "workbench.hookspecs": ("hookimpl",),
     "workbench.layer": ("Context", "Layer", "State"),
     "workbench.layout": ("Block", "Layout", "Named"),
     "workbench.metric": ("Metric", "Subject"),

@@ -7,6 +7,9 @@ import textwrap
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
+from workbench import figures
+from workbench.text_table import Column, table
+
 if TYPE_CHECKING:
     from workbench.description import Description, Row
 
@@ -16,6 +19,8 @@ HEADINGS = (
     "FLOPs/token", "decode FLOPs", "weights", "state",
 )  # fmt: skip
 FIRST_FIGURE = HEADINGS.index("parameters")
+# What a narrow terminal does without, the highest first.
+RANKS = {"decode FLOPs": 3, "×": 2, "config": 1}
 
 
 def fold(keys: Sequence[Hashable]) -> list[tuple[int, int, int]]:
@@ -51,20 +56,80 @@ def _count_repeats(keys: Sequence[Hashable], start: int, unit: int) -> int:
     return count
 
 
-def to_text(description: Description) -> str:
-    """A plain table for terminals."""
-    lines = [_heading(description), *textwrap.wrap(description.pattern, WIDTH), ""]
-    body = _body(description)
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *body, strict=True)]
-    for cells in (HEADINGS, *body):
-        aligned = [
-            cell.rjust(width) if column >= FIRST_FIGURE else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    lines.insert(-1, "─" * max(map(len, lines)))
-    lines += ["", *textwrap.wrap(_conditions(description), WIDTH), *_claim(description)]
+def short_pattern(pattern: str, width: int) -> str:
+    """A pattern of at most `width` characters as it is, a longer one with its repeats counted.
+
+    `M-M-M-M-M-A-` is `(M-)×5 A-` where it does not fit.
+    """
+    if len(pattern) <= width:
+        return pattern
+    parts: list[str] = []
+    single = False
+    for start, unit, count in fold(pattern):
+        glyphs = pattern[start : start + unit]
+        text = glyphs if count == 1 else f"{glyphs}×{count}" if unit == 1 else f"({glyphs})×{count}"
+        if single and count == 1:
+            parts[-1] += text
+        else:
+            parts.append(text)
+        single = count == 1
+    short = " ".join(parts)
+    return short if len(short) < len(pattern) else pattern
+
+
+def to_text(description: Description, width: int | None = None) -> str:
+    """A plain table for terminals.
+
+    Args:
+        width: characters of a line, for which columns are folded or left out; None for no limit
+            on the table's.
+    """
+    prose = min(width or WIDTH, WIDTH)
+    columns = [
+        Column(
+            heading=heading,
+            cells=cells,
+            right=index >= FIRST_FIGURE,
+            wrap=heading == "config",
+            rank=RANKS.get(heading, 0),
+        )
+        for index, (heading, cells) in enumerate(
+            zip(HEADINGS, zip(*_body(description), strict=True), strict=True)
+        )
+    ]
+    made = table(columns, width)
+    *rows, total = made.rows
+    lines = [
+        *textwrap.wrap(_heading(description), width or 10**6),
+        *textwrap.wrap(description.pattern, prose, break_on_hyphens=False),
+        "",
+        *made.heading,
+        *(line for row in rows for line in row),
+        made.rule,
+        *total,
+        "",
+        *_left_out(description, made.left_out, prose),
+        *textwrap.wrap(_conditions(description), prose),
+        *_claim(description, prose),
+    ]
     return "\n".join(lines)
+
+
+def _left_out(description: Description, headings: Sequence[str], prose: int) -> list[str]:
+    """What the table had no room for: configs, once each, and names of the other columns."""
+    lines = []
+    if "config" in headings:
+        first: dict[tuple[str, str], int | None] = {}
+        for row in description.blocks:
+            first.setdefault((f"{row.glyph} {row.layer}", row.key_config), row.index)
+        names = [name for name, _ in first]
+        for (name, config), index in first.items():
+            where = f", from block {index}" if names.count(name) > 1 else ""
+            lines += textwrap.wrap(f"{name}{where}: {config}", prose, subsequent_indent="    ")
+    others = [heading for heading in headings if heading not in ("config", "×")]
+    if others:
+        lines.append(f"No room for: {', '.join(others)}.")
+    return [*lines, ""] if lines else []
 
 
 def to_html(description: Description) -> str:
@@ -103,7 +168,7 @@ def _conditions(description: Description) -> str:
     )
 
 
-def _claim(description: Description) -> list[str]:
+def _claim(description: Description, prose: int = WIDTH) -> list[str]:
     if description.preset is None:
         return []
     exact = f"{description.total.parameters:,}"
@@ -114,8 +179,8 @@ def _claim(description: Description) -> list[str]:
         f"{'':10}  {'exact':>{width}}  stated (claimed)",
         f"{'parameters':10}  {exact:>{width}}  {stated}",
         "",
-        *textwrap.wrap(f"Source: {description.preset.source}.", WIDTH),
-        *textwrap.wrap(description.preset.assumptions, WIDTH),
+        *textwrap.wrap(f"Source: {description.preset.source}.", prose),
+        *textwrap.wrap(description.preset.assumptions, prose),
     ]
 
 
@@ -157,19 +222,13 @@ def _cells(label: str, count: str, row: Row, layer: str | None = None) -> list[s
         row.key_config,
         row.quantizer or "",
         f"{row.parameters:,}",
-        scaled(row.forward_flops, 1000, ("", "k", "M", "G", "T")),
-        scaled(row.decode_flops, 1000, ("", "k", "M", "G", "T")),
-        scaled(row.weight_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB")),
-        scaled(row.state_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB")),
+        scaled(row.forward_flops, 1000, figures.COUNTS),
+        scaled(row.decode_flops, 1000, figures.COUNTS),
+        scaled(row.weight_bytes, 1024, figures.BYTES),
+        scaled(row.state_bytes, 1024, figures.BYTES),
     ]
 
 
 def scaled(value: float, base: int, prefixes: Sequence[str]) -> str:
     """Four digits and a unit prefix: `1.344 G`; a dash for nothing."""
-    if value == 0:
-        return "–"
-    power = 0
-    while value >= base and power + 1 < len(prefixes):
-        value, power = value / base, power + 1
-    text = f"{value:,.0f}" if power == 0 else f"{value:.4g}"
-    return f"{text} {prefixes[power]}".strip()
+    return figures.MISSING if value == 0 else figures.scaled(value, base, prefixes)

@@ -1,10 +1,9 @@
-"""Pareto fronts. Everything is minimized; negate what is to be maximized."""
+"""Pareto fronts. Everything is minimized; negate what is to be maximized. No numpy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
@@ -16,15 +15,16 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     Args:
         points: `[n, k]`, every column minimized.
     """
-    if not points:
-        return []
-    values = np.asarray(points, dtype=float)
-    kept = []
-    for index, point in enumerate(values):
-        if np.isnan(point).any():
-            continue
-        no_worse = (values <= point).all(axis=1)
-        better = (values < point).any(axis=1)
-        if not (no_worse & better).any():
-            kept.append(index)
-    return kept
+    order = [i for i, point in enumerate(points) if not any(map(math.isnan, point))]
+    # What dominates a point precedes it in lexicographic order, so the front so far decides.
+    order.sort(key=lambda index: tuple(points[index]))
+    front: list[int] = []
+    for index in order:
+        if not any(_dominates(points[other], points[index]) for other in front):
+            front.append(index)
+    return sorted(front)
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    no_worse = all(a <= b for a, b in zip(one, other, strict=True))
+    return no_worse and any(a < b for a, b in zip(one, other, strict=True))

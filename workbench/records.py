@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,14 @@ OUTCOMES = {
     "error": "a layer, metric or data source raised",
     "interrupted": "stopped by the user or with the whole run; runs again on resume",
     "running": "not finished",
+    "damaged": "its record cannot be read",
+}
+RECORD = {
+    "outcome": str,
+    "metrics": dict,
+    "params": dict,
+    "environment": dict,
+    "stage_seconds": dict,
 }
 
 
@@ -71,13 +79,26 @@ class Trial:
         number: as Optuna counts, from 0.
         path: its folder.
         data: the content of `trial.json`.
+
+    Raises:
+        WorkbenchError: `trial.json` cannot be read or is no trial's record; names the file.
     """
 
     def __init__(self, study: str, path: Path) -> None:
         self.study = study
         self.path = path
         self.number = int(path.name)
-        self.data: dict[str, Any] = read_json(path / "trial.json")
+        self.data: dict[str, Any] = _record(path / "trial.json", ("outcome",), RECORD)
+        if self.outcome not in OUTCOMES:
+            raise _damaged(path / "trial.json", f"no outcome is called {self.outcome!r}")
+
+    @classmethod
+    def damaged(cls, study: str, path: Path, reason: str) -> Trial:
+        """What stands for a trial whose record cannot be read, so that it hides no other."""
+        trial = cls.__new__(cls)
+        trial.study, trial.path, trial.number = study, path, int(path.name)
+        trial.data = {"number": trial.number, "outcome": "damaged", "reason": reason}
+        return trial
 
     def __repr__(self) -> str:
         return f"<Trial {self.name} {self.outcome} {self.pattern}>"
@@ -161,11 +182,15 @@ class Study:
         name: its name.
         path: its folder.
         data: the content of `study.json`.
+
+    Raises:
+        WorkbenchError: `study.json` cannot be read or is no study's record; names the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data: dict[str, Any] = read_json(path / "study.json")
+        kinds = {"name": str, "objectives": list, "units": dict, "config": dict}
+        self.data: dict[str, Any] = _record(path / "study.json", ("name",), kinds)
         self.name: str = self.data["name"]
 
     def __repr__(self) -> str:
@@ -173,19 +198,41 @@ class Study:
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
-        """What it optimizes, in the order of its file."""
-        return tuple(Objective(**item) for item in self.data["objectives"])
+        """What it optimizes, in the order of its file.
+
+        Raises:
+            WorkbenchError: `study.json` does not say; names the file.
+        """
+        try:
+            return tuple(Objective(**item) for item in self.data["objectives"])
+        except (KeyError, TypeError) as error:
+            raise _damaged(self.path / "study.json", f"objectives: {error}") from None
 
     @property
     def units(self) -> dict[str, str]:
         """The unit of every metric that its trials record."""
+        if "units" not in self.data:
+            raise _damaged(self.path / "study.json", "it lacks 'units'")
         return dict(self.data["units"])
 
     def trials(self) -> list[Trial]:
-        """Every trial that left a record, by number."""
-        folder = self.path / "trials"
-        paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        return [Trial(self.name, path) for path in paths if (path / "trial.json").exists()]
+        """Every trial that left a record, by number.
+
+        One whose record cannot be read has the outcome `damaged`, and its reason names the file.
+        """
+        paths = sorted((self.path / "trials").glob("*/trial.json"))
+        return [self._trial(path.parent) for path in paths if path.parent.name.isdigit()]
+
+    def _trial(self, path: Path) -> Trial:
+        try:
+            trial = Trial(self.name, path)
+            if trial.outcome == "complete":
+                for objective in self.objectives:
+                    if not isinstance(trial.metrics.get(objective.name), int | float):
+                        raise _damaged(path / "trial.json", f"it lacks {objective.name!r}")
+        except WorkbenchError as error:
+            return Trial.damaged(self.name, path, str(error))
+        return trial
 
     def trial(self, number: int) -> Trial:
         """One trial.
@@ -257,10 +304,23 @@ class Study:
         }
 
 
+def read_studies(runs: str | Path | None = None) -> tuple[list[Study], list[str]]:
+    """Every readable study in the runs folder, by name, and a message for each damaged one."""
+    studies: list[Study] = []
+    damaged: list[str] = []
+    for path in sorted(runs_folder(runs).glob("*/study.json")):
+        try:
+            study = Study(path.parent)
+            _ = study.objectives, study.units  # listings need them
+            studies.append(study)
+        except WorkbenchError as error:
+            damaged.append(str(error))
+    return studies, damaged
+
+
 def list_studies(runs: str | Path | None = None) -> list[Study]:
-    """Every study in the runs folder, by name."""
-    folder = runs_folder(runs)
-    return [Study(path.parent) for path in sorted(folder.glob("*/study.json"))]
+    """Every readable study in the runs folder, by name."""
+    return read_studies(runs)[0]
 
 
 def load_study(name: str | Path, runs: str | Path | None = None) -> Study:
@@ -287,6 +347,23 @@ def load_trial(name: str, runs: str | Path | None = None) -> Trial:
     if not separator or not number.isdigit():
         raise WorkbenchError(f"{name!r} names no trial: write STUDY:NUMBER, such as quickstart:7.")
     return load_study(study, runs).trial(int(number))
+
+
+def _record(path: Path, required: Iterable[str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The JSON object in `path`, its known fields of the right kind."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise _damaged(path, f"expected an object, got {type(data).__name__}")
+    for name, kind in kinds.items():
+        if name in required and name not in data:
+            raise _damaged(path, f"it lacks {name!r}")
+        if name in data and not isinstance(data[name], kind):
+            raise _damaged(path, f"{name!r} is no {kind.__name__}")
+    return data
+
+
+def _damaged(path: Path, what: str) -> WorkbenchError:
+    return WorkbenchError(f"{path} is damaged: {what}")
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

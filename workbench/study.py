@@ -96,10 +96,9 @@ def _identity(place: Workplace, space: Space) -> dict[str, Any]:
 
 
 def _refuse_change(folder: Path, identity: dict[str, Any], name: str) -> None:
-    path = folder / "study.json"
-    if not path.exists():
+    if not (folder / "study.json").exists():
         return
-    before = read_json(path).get("identity", {})
+    before = Study(folder).data.get("identity", {})
     changes = list(_differences(before, identity))
     if changes:
         shown = "\n".join(f"  {change}" for change in changes[:8])

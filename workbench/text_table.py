@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 GAP = "  "
-LEAST_WRAPPED = 14  # characters below which wrapped text is no longer read
+LEAST_WRAPPED = 20  # characters below which wrapped text is no longer read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

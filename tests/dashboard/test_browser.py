@@ -76,14 +76,14 @@ def assert_no_exception(page) -> None:
 
 def colours_in(png: bytes) -> int:
     with Image.open(io.BytesIO(png)) as image:
-        return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0))
+        return len(np.unique(np.asarray(image.convert("RGB"))[::5, ::5].reshape(-1, 3), axis=0))
 
 
 def test_a_link_to_a_study_works_as_the_first_thing_that_is_opened(screenshots, page, address):
     open_link(screenshots, page, f"{address}/study?study=tiny")
     assert page.locator("h1").inner_text() == "tiny"
     assert page.get_by_role("link", name="Studies").is_visible()
-    assert page.locator(".js-plotly-plot .point").count() >= 4
+    assert page.locator(".js-plotly-plot .scatterlayer .point").count() == 4
 
 
 def test_a_page_is_no_wider_than_its_window_and_not_blank(screenshots, page, address):
@@ -96,7 +96,7 @@ def test_a_page_is_no_wider_than_its_window_and_not_blank(screenshots, page, add
 def test_a_click_on_a_front_point_opens_its_trial(screenshots, page, address):
     open_link(screenshots, page, f"{address}/study?study=tiny")
     # The traces: the staircase, the dominated point, the front by number.
-    box = page.locator(".js-plotly-plot .point").nth(3).bounding_box()
+    box = page.locator(".js-plotly-plot .scatterlayer .point").nth(3).bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     playwright.expect(page.locator("h1")).to_have_text("tiny : 2", timeout=30_000)
     playwright.expect(page).to_have_url(re.compile("study=tiny&trial=2"))
@@ -119,18 +119,15 @@ def test_a_click_on_a_row_opens_its_trial_and_back_works(screenshots, page, addr
 
 def test_a_running_study_refreshes_itself(screenshots, page, address, runs):
     open_link(screenshots, page, f"{address}/study?study=live")
-    playwright.expect(page.get_by_text("1 running")).to_be_visible()
+    playwright.expect(page.get_by_text("1 running").first).to_be_visible()
     folder = runs / "live" / "trials" / "00001"
     record = json.loads((folder / "trial.json").read_text())
     done = {**record, "outcome": "complete", "metrics": FIGURES[1]}
     (folder / "trial.json").write_text(json.dumps(done))
-    playwright.expect(page.get_by_text("2 complete")).to_be_visible(timeout=30_000)
+    playwright.expect(page.get_by_text("2 complete").first).to_be_visible(timeout=30_000)
     playwright.expect(page.get_by_text("1 running")).to_have_count(0, timeout=30_000)
-    playwright.expect(page.locator(".js-plotly-plot .point")).to_have_count(
-        page.locator(".js-plotly-plot .legend .point, .js-plotly-plot .legendpoints path").count()
-        + 2,
-        timeout=30_000,
-    )
+    points = page.locator(".js-plotly-plot .scatterlayer .point")
+    playwright.expect(points).to_have_count(2, timeout=30_000)
     assert_no_exception(page)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.dashboard.conftest import Open
 from tests.dashboard.records import FIGURES, write_curve, write_study, write_trial
+from workbench.figures import figure
 from workbench.records import OUTCOMES
 
 
@@ -64,7 +65,10 @@ def test_the_command_lines_study_opens_first_and_only_then(zoo, runs, open_page:
 def test_a_study_shows_every_trial_with_its_outcome(zoo, open_page: Open):
     app = open_page("study", study="tiny")
     table = app.dataframe[0].value.set_index("trial")
-    assert set(table["outcome"]) == {name.replace("_", " ") for name in OUTCOMES} - {"running"}
+    assert set(table["outcome"]) == {name.replace("_", " ") for name in OUTCOMES} - {
+        "running",
+        "damaged",
+    }
     assert list(table.index[table["front"] == "◆"]) == [0, 1, 2]
     assert table.loc[1, "size [MiB]"] == 2.0
     assert table.loc[4, "reason"].startswith("periodic.offset")
@@ -149,7 +153,7 @@ def test_one_objective_is_drawn_over_the_trials(runs, open_page: Open):
 def test_a_trial_shows_figures_curve_blocks_and_machine(zoo, open_page: Open):
     app = open_page("trial", study="tiny", trial="0")
     cards = {metric.label.removeprefix("◆ "): metric for metric in app.metric}
-    assert cards["size"].value == "3 MiB"
+    assert cards["size"].value == figure(3 * 2**20, "bytes")
     assert cards["loss"].value == "2 bits/byte"
     assert "spread: 0.125" in cards["speed"].help
     captions = texts(app.caption)
@@ -259,9 +263,13 @@ def test_a_damaged_trial_is_named_and_hides_no_other(zoo, open_page: Open, conte
     file = zoo / "trials" / "00001" / "trial.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     app = open_page("study", study="tiny")
-    assert str(file) in texts(app.warning)
-    assert list(app.dataframe[0].value["trial"])[:3] == [0, 2, 3]
-    assert str(file) in texts(open_page("trial", study="tiny", trial="1").error)
+    table = app.dataframe[0].value.set_index("trial")
+    assert list(table["outcome"])[:4] == ["complete", "damaged", "complete", "complete"]
+    assert str(file) in table.loc[1, "reason"]
+    assert table.loc[1, ["loss", "speed"]].isna().all()
+    app = open_page("trial", study="tiny", trial="1")
+    assert "damaged" in badges(app)[0]
+    assert str(file) in texts(app.markdown)
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_fold_loses_nothing(text: str) -> None:
 def test_scaled() -> None:
     si = ("", "k", "M")
     assert [scaled(value, 1000, si) for value in (0, 999, 1000, 1.23456e6)] == [
-        "–", "999", "1 k", "1.235 M",
+        "–", "999", "1.000 k", "1.235 M",
     ]  # fmt: skip
     assert scaled(5e9, 1000, si) == "5000 M"
 

@@ -1,41 +1,42 @@
-"""What the subcommands share: options, tables, figures for people."""
+"""What the subcommands share: options, and how they print."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.figures import figure
+from workbench.text_table import Column, table
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from workbench.builder import Builder
 
+__all__ = ["Column", "figure"]
+
 Runs = Annotated[
     Path | None,
-    typer.Option("--runs", help="Folder of all studies; WORKBENCH_RUNS, else ./runs."),
+    typer.Option(metavar="FOLDER", help="Folder of all studies; WORKBENCH_RUNS, else ./runs."),
 ]
 PluginDirs = Annotated[
     list[Path] | None,
-    typer.Option("--plugin-dir", help="Folder whose .py files are plugins too; repeatable."),
+    typer.Option(metavar="FOLDER", help="Folder whose .py files are plugins too; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A rich console; tables keep their columns when the output is a file."""
-    from rich.console import Console
-
-    made = Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
-    if not made.is_terminal:
-        made.width = 160
-    return made
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Source = Annotated[
+    str, typer.Argument(metavar="LAYOUT", help="JSON file, STUDY:TRIAL or preset.")
+]
+TrialName = Annotated[str, typer.Argument(metavar="STUDY:TRIAL", help="Such as quickstart:7.")]
 
 
 def builder(plugin_dirs: Iterable[Path] | None) -> Builder:
@@ -45,42 +46,53 @@ def builder(plugin_dirs: Iterable[Path] | None) -> Builder:
     return default_builder(tuple(str(folder.resolve()) for folder in plugin_dirs or ()))
 
 
+def log() -> Console:
+    """Standard error as a rich console: what is no result goes there."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """A line on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def line_width() -> int | None:
+    """Characters of a line of standard output; None for a file or a pipe, which have no limit."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def say(text: str) -> None:
+    """Print prose, wrapped between words where lines have a width."""
+    width = line_width()
+    for line in text.splitlines():
+        wrapped = width and textwrap.wrap(
+            line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        print("\n".join(wrapped) if wrapped else line)
+
+
 def print_json(data: Any) -> None:
     """Machine-readable output, alone on standard output."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 
-def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A rich table; figures are given as text and set flush right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def print_table(columns: Sequence[Column], more: str = "--json") -> None:
+    """Print a table between blank lines, and what it had no room for.
 
-    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    texts = [[str(value) for value in row] for row in rows]
-    for index, name in enumerate(columns):
-        numeric = bool(texts) and all(row[index][:1] in "0123456789-−" for row in texts)
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in texts:
-        made.add_row(*row)
-    return made
+    Args:
+        more: where the columns that were left out are to be had.
+    """
+    made = table(columns, line_width())
+    print(f"\n{made}\n")
+    if made.left_out:
+        say(f"No room for {', '.join(made.left_out)}: widen the terminal, or see {more}.")
 
 
-def figure(value: float | None, unit: str = "") -> str:
-    """A figure for people: bytes and counts scaled, others to four digits."""
-    if value is None:
-        return "–"
-    if unit == "bytes":
-        return scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-    if unit in ("parameters", "FLOPs"):
-        return scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
-    return f"{value:,.4g}"
-
-
-def scaled(value: float, base: int, suffixes: Sequence[str]) -> str:
-    """A figure with a unit prefix, to four digits; below the first prefix exact."""
-    power = 0
-    while abs(value) >= base and power + 1 < len(suffixes):
-        value, power = value / base, power + 1
-    text = f"{value:,.0f}" if power == 0 else f"{value:.4g}"
-    return f"{text} {suffixes[power]}".strip()
+def count(number: int, noun: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

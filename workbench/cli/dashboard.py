@@ -10,19 +10,24 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli import interrupts
 from workbench.cli.common import Runs
 
-EXAMPLE = "Example: workbench dashboard quickstart --port 8502"
+EXAMPLES = """\
+  workbench dashboard
+  workbench dashboard quickstart --port 8502 --headless"""
 
 
 def dashboard(
-    study: Annotated[str | None, typer.Argument(help="Study to open with.")] = None,
-    port: Annotated[int, typer.Option(help="Port to serve on.")] = 8501,
-    host: Annotated[str, typer.Option(help="Address to serve on.")] = "localhost",
+    study: Annotated[
+        str | None, typer.Argument(metavar="STUDY", help="Study to open with.")
+    ] = None,
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="To serve on.")] = 8501,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to serve on.")] = "localhost",
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Serve the dashboard until Ctrl-C: studies, Pareto fronts, trials, export."""
+    """Browse studies in a browser, until Ctrl-C."""
     from workbench.records import load_study, runs_folder
 
     environment = {**os.environ, "WORKBENCH_RUNS": str(runs_folder(runs).resolve())}
@@ -32,6 +37,11 @@ def dashboard(
     command = [sys.executable, "-m", "streamlit", "run", str(page)]
     command += [f"--server.port={port}", f"--server.address={host}"]
     command += [f"--server.headless={str(headless).lower()}", "--browser.gatherUsageStats=false"]
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status not in (0, 130):
+    with subprocess.Popen(command, env=environment) as server, interrupts.raised():
+        try:
+            status = server.wait()
+        except KeyboardInterrupt:  # how a dashboard is meant to end
+            server.terminate()
+            return
+    if status != 0:
         raise typer.Exit(status)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli.common import Json, PluginDirs, builder, console, print_json, table
+from workbench.cli.common import Json, PluginDirs, builder, print_json, print_table, say
+from workbench.text_table import Column
 
-EXAMPLE = "Examples: workbench plugins · WORKBENCH_DISABLE=export workbench plugins --json"
+if TYPE_CHECKING:
+    from workbench.discovery import Plugins
+
+EXAMPLES = """\
+  workbench plugins
+  workbench plugins --plugin-dir my_layers --traceback
+  WORKBENCH_DISABLE=export workbench plugins --json"""
 
 
 def plugins(
@@ -18,35 +26,73 @@ def plugins(
     ] = False,
     json: Json = False,
 ) -> None:
-    """List layers, placements, quantizers, metrics, data sources, exporters and presets.
+    """List what plugins offer, and where each came from.
 
-    WORKBENCH_DISABLE=name,… leaves plugins out.
+    Layers, placements, quantizers, metrics, data sources, exporters and presets.
+    WORKBENCH_DISABLE=NAME,NAME leaves plugins out.
     """
     known = builder(plugin_dir)
     rows: list[dict[str, Any]] = [
-        {"kind": kind, "name": name, **registry.provenance(name).to_dict()}
+        {
+            "kind": kind,
+            "name": name,
+            **registry.provenance(name).to_dict(),
+            "about": about(registry[name]),
+        }
         for kind, registry in known.registries().items()
         for name in registry
     ]
-    failures = known.plugins.failures.values()
     if json:
-        print_json(
-            {
-                "registered": rows,
-                "failed": [
-                    {"plugin": f.plugin, "module": f.module, "reason": f.reason} for f in failures
-                ],
-                "disabled": list(known.plugins.disabled),
-            }
-        )
+        print_json({"registered": rows, **_not_loaded(known.plugins)})
         return
-    out = console()
-    columns = ["kind", "name", "plugin", "package", "version", "file"]
-    texts = [[row[column] or "–" for column in columns] for row in rows]
-    out.print(table(None, columns, texts))
+    print_table(_thing_columns(rows))
+    print_table(_plugin_columns(known.plugins))
     if known.plugins.disabled:
-        out.print(f"Disabled by WORKBENCH_DISABLE: {', '.join(known.plugins.disabled)}")
-    for failure in failures:
-        out.print(f"Plugin {failure.plugin!r} did not load: {failure.reason}", markup=False)
+        say(f"Disabled by WORKBENCH_DISABLE: {', '.join(known.plugins.disabled)}")
+    for failure in known.plugins.failures.values():
+        say(f"Plugin {failure.plugin!r} did not load: {failure.reason}")
         if traceback:
-            out.print(failure.traceback, markup=False)
+            print(failure.traceback)
+    if known.plugins.failures and not traceback:
+        say("workbench plugins --traceback shows where.")
+
+
+def about(thing: Any) -> str:
+    """One line on a registered thing: what its docstring begins with, or a preset's source."""
+    text = (thing.__doc__ or "") if isinstance(thing, type) else thing.source
+    return str(text).strip().partition("\n")[0]
+
+
+def _not_loaded(found: Plugins) -> dict[str, Any]:
+    failures = found.failures.values()
+    return {
+        "failed": [
+            {"plugin": f.plugin, "module": f.module, "reason": f.reason, "traceback": f.traceback}
+            for f in failures
+        ],
+        "disabled": list(found.disabled),
+    }
+
+
+def _thing_columns(rows: list[dict[str, Any]]) -> list[Column]:
+    kinds = [
+        kind.replace("_", " ") if index == 0 else ""
+        for kind, group in groupby(row["kind"] for row in rows)
+        for index, _ in enumerate(group)
+    ]
+    return [
+        Column(heading="kind", cells=kinds),
+        Column(heading="name", cells=[row["name"] for row in rows]),
+        Column(heading="plugin", cells=[row["plugin"] for row in rows]),
+        Column(heading="about", cells=[row["about"] for row in rows], wrap=True, rank=1),
+    ]
+
+
+def _plugin_columns(found: Plugins) -> list[Column]:
+    loaded = found.loaded.values()
+    return [
+        Column(heading="plugin", cells=[plugin.plugin for plugin in loaded]),
+        Column(heading="package", cells=[plugin.package or "–" for plugin in loaded]),
+        Column(heading="version", cells=[plugin.version for plugin in loaded]),
+        Column(heading="file", cells=[plugin.file for plugin in loaded], wrap=True),
+    ]

@@ -8,7 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from workbench.cli.common import figure
+from workbench.description_text import short_pattern
+from workbench.figures import figure
 from workbench.records import Study, Trial
 from workbench.study import JUDGED, Reporter
 

@@ -3,60 +3,95 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli.common import Json, PluginDirs, Runs, console, print_json
-from workbench.cli.tables import front_table, outcome_line
+from workbench.cli import interrupts
+from workbench.cli.common import Json, PluginDirs, Runs, builder, log, print_json, print_table, say
+from workbench.cli.tables import front_columns, front_line, outcome_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from workbench.records import Study
+    from workbench.study_config import StudyConfig
 
-EXAMPLE = "Example: workbench run studies/quickstart.toml --trials 40"
+EXAMPLES = """\
+  workbench run studies/quickstart.toml
+  workbench run studies/quickstart.toml --trials 40   go on to 40 trials"""
+
+RESUME = "What was found is recorded; the same command goes on from there."
 
 
 def run(
-    study: Annotated[Path, typer.Argument(help="The study's TOML file.")],
-    trials: Annotated[int | None, typer.Option(help="Judged trials to reach.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    executor: Annotated[str | None, typer.Option(help="process or inline.")] = None,
+    study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study's file.")],
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Judged trials to reach; the file's if left out.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+    ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(metavar="WHERE", help="process (a worker) or inline (to debug a plugin)."),
+    ] = None,
     runs: Runs = None,
     plugin_dir: PluginDirs = None,
     json: Json = False,
 ) -> None:
-    """Run a study, or resume it: search layouts, train them, keep the Pareto front.
+    """Run or resume a study, and show its Pareto front.
 
-    Ctrl-C is safe at any moment; the same command goes on from there.
+    Suggests layouts, judges each from cheap to dear and records it. Ctrl-C is safe at any moment;
+    the same command goes on from there.
     """
     from workbench.study_config import StudyConfig
 
-    config = StudyConfig.read(study)
-    config = _overridden(config, trials, device, executor, plugin_dir)
-    with_progress = console(stderr=True)
+    _refuse_missing(study)
+    config = _overridden(StudyConfig.read(study), trials, device, executor, plugin_dir)
     from workbench.cli.progress import RichReporter
     from workbench.study import run_study
 
-    with RichReporter(with_progress) as reporter:
+    builder(map(Path, config.plugin_dirs))  # imports while Ctrl-C may still simply end them
+    with interrupts.explained(RESUME), RichReporter(log()) as reporter:
         result = run_study(config, runs, reporter)
     if json:
         print_json({**result.summary(), "front": [t.name for t in result.front_trials()]})
     else:
-        _report(result, console())
+        _report(result, config, "" if runs is None else f" --runs {shlex.quote(str(runs))}")
+
+
+def _refuse_missing(path: Path) -> None:
+    from workbench.errors import WorkbenchError
+
+    if path.exists():
+        return
+    there = [str(file) for folder in {path.parent, Path("studies")} for file in folder.glob("*.toml")]
+    near = get_close_matches(str(path), there, n=1) or [f for f in there if Path(f).stem == path.name]
+    raise WorkbenchError(
+        f"there is no study file {path}."
+        + (f" Did you mean {near[0]}?" if near else "")
+        + (f" Known: {', '.join(sorted(there))}." if there else "")
+    )
 
 
 def _overridden(
-    config: Any,
+    config: StudyConfig,
     trials: int | None,
     device: str | None,
     executor: str | None,
     plugin_dir: list[Path] | None,
-) -> Any:
-    budget = {} if trials is None else {"trials": trials}
-    runtime = {name: value for name, value in (("device", device), ("executor", executor)) if value}
+) -> StudyConfig:
+    """The study with what the command line says otherwise."""
+    from workbench.errors import FieldError
+
+    if trials is not None and trials < 1:
+        raise FieldError("--trials", f"must be at least 1, got {trials}")
+    budget: dict[str, Any] = {} if trials is None else {"trials": trials}
+    runtime: dict[str, Any] = {
+        name: value for name, value in (("device", device), ("executor", executor)) if value
+    }
     folders = tuple(str(folder.resolve()) for folder in plugin_dir or ())
     return dataclasses.replace(
         config,
@@ -66,17 +101,21 @@ def _overridden(
     )
 
 
-def _report(study: Study, out: Console) -> None:
+def _report(study: Study, config: StudyConfig, where: str) -> None:
+    from workbench.export import tokenizer_of
+
     front = study.front_trials()
-    out.print(outcome_line(study))
+    say(outcome_line(study))
     if not front:
-        out.print("No trial is complete: `workbench show` says what became of each.")
+        say(f"No trial is complete: workbench show {study.name} --all{where} says why.")
         return
-    out.print(front_table(study, front))
-    best = front[0].name
-    out.print(f"Records: {study.path}/ (a folder a trial: layout, metrics, curve, weights)")
-    out.print("Next:")
-    out.print(f"  workbench show {best}")
-    out.print(f"  workbench dashboard {study.name}")
-    out.print(f"  workbench generate {best} --prompt 'def main('")
-    out.print(f"  workbench export {best} exported/{study.name}-{front[0].number}")
+    say(front_line(study, front))
+    print_table(front_columns(study, front), f"workbench show {study.name} --json{where}")
+    say(f"Records: {study.path}/ (a folder a trial: layout, metrics, curve, weights)")
+    best = front[0]
+    print("Next:")
+    print(f"  workbench show {best.name}{where}")
+    print(f"  workbench dashboard {study.name}{where}")
+    if tokenizer_of(config) is not None:  # a synthetic task has no text to continue
+        print(f"  workbench generate {best.name} --prompt 'def main('{where}")
+    print(f"  workbench export {best.name} exported/{study.name}-{best.number}{where}")

@@ -6,52 +6,59 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.common import Json, Runs, console, figure, print_json, table
-from workbench.cli.tables import front_table, outcome_line, trial_table
-from workbench.records import OUTCOMES, list_studies, load_study, load_trial, runs_folder
+from workbench.cli.common import Json, Runs, count, print_json, print_table, say, warn
+from workbench.cli.tables import (
+    front_columns,
+    front_line,
+    outcome_line,
+    study_columns,
+    trial_columns,
+)
+from workbench.figures import figure
+from workbench.records import OUTCOMES, load_study, load_trial, read_studies, runs_folder
+from workbench.text_table import Column
 
 if TYPE_CHECKING:
     from workbench.records import Study, Trial
 
-EXAMPLE = "Examples: workbench show · workbench show quickstart --all · workbench show quickstart:7"
+EXAMPLES = """\
+  workbench show                       all studies
+  workbench show quickstart            its Pareto front
+  workbench show quickstart --all      every trial
+  workbench show quickstart:7 --json   one trial's record, as JSON"""
 
 
 def show(
-    name: Annotated[str | None, typer.Argument(help="STUDY or STUDY:TRIAL; all studies.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="STUDY[:TRIAL]", help="All studies if left out."),
+    ] = None,
     all: Annotated[bool, typer.Option("--all", help="Every trial, not only the front.")] = False,
     runs: Runs = None,
     json: Json = False,
 ) -> None:
-    """Show what studies found: all studies, a study's Pareto front, or one trial's record."""
+    """Show all studies, a study's Pareto front, or one trial."""
     if name is None:
         _studies(runs, json)
     elif ":" in name:
-        _trial(load_trial(name, runs), load_study(name.rpartition(":")[0], runs), json)
+        trial = load_trial(name, runs)
+        _trial(trial, load_study(name.rpartition(":")[0], runs), json)
     else:
         _study(load_study(name, runs), all, json)
 
 
 def _studies(runs: Runs, json: bool) -> None:
-    studies = list_studies(runs)
+    studies, damaged = read_studies(runs)
+    for message in damaged:
+        warn(message)
     if json:
         print_json([study.summary() for study in studies])
-        return
-    if not studies:
-        console().print(
-            f"No studies in {runs_folder(runs).resolve()}. "
-            "Start one: workbench run studies/quickstart.toml"
-        )
-        return
-    rows = [
-        [
-            study.name,
-            ", ".join(objective.name for objective in study.objectives),
-            sum(study.summary()["outcomes"].values()),
-            study.path,
-        ]
-        for study in studies
-    ]
-    console().print(table(None, ["study", "objectives", "trials", "folder"], rows))
+    elif studies:
+        print_table(study_columns(studies))
+        say("Next: workbench show STUDY")
+    else:
+        say(f"No studies in {runs_folder(runs).resolve()}.")
+        say("Start one: workbench run studies/quickstart.toml")
 
 
 def _study(study: Study, every: bool, json: bool) -> None:
@@ -60,9 +67,18 @@ def _study(study: Study, every: bool, json: bool) -> None:
         front = [trial.number for trial in study.front_trials()]
         print_json({**study.summary(), "front": front, "records": [trial.data for trial in trials]})
         return
-    out = console()
-    out.print(outcome_line(study))
-    out.print(trial_table(study, trials) if every else front_table(study, trials))
+    say(outcome_line(study))
+    if not trials:
+        say("No trial is complete yet." if study.trials() else "It holds no trials yet.")
+    elif every:
+        print_table(trial_columns(study, trials))
+    else:
+        say(front_line(study, trials))
+        print_table(front_columns(study, trials))
+    if trials:
+        say(f"Next: workbench show {trials[0].name}")
+    elif study.trials():
+        say(f"Next: workbench show {study.name} --all")
 
 
 def _trial(trial: Trial, study: Study, json: bool) -> None:
@@ -70,27 +86,52 @@ def _trial(trial: Trial, study: Study, json: bool) -> None:
         layout = trial.layout.to_dict() if (trial.path / "layout.json").exists() else None
         print_json({**trial.data, "layout": layout, "path": str(trial.path)})
         return
-    out = console()
-    out.print(f"Trial {trial.name}: {trial.outcome} ({OUTCOMES[trial.outcome]})")
+    say(f"Trial {trial.name}: {trial.outcome.replace('_', ' ')} ({OUTCOMES[trial.outcome]})")
     if trial.reason:
-        out.print(f"Reason: {trial.reason}")
-    out.print(f"Pattern: {trial.pattern}")
-    rows = [
-        [name, figure(value, study.units.get(name, "")), study.units.get(name, "")]
-        for name, value in trial.metrics.items()
-    ]
-    if rows:
-        out.print(table(None, ["metric", "value", "unit"], rows))
-    out.print(table(None, ["parameter", "value"], trial.params.items()))
+        say(f"Reason: {trial.reason}")
+    if trial.pattern:
+        say(f"Pattern: {trial.pattern}")
+    if trial.metrics:
+        print_table(_metric_columns(trial, study))
+    if trial.params:
+        values = [str(value) for value in trial.params.values()]
+        print_table(
+            [
+                Column(heading="searched", cells=list(trial.params)),
+                Column(heading="value", cells=values, wrap=True),
+            ]
+        )
     stages = trial.data.get("stage_seconds", {})
     if stages:
-        out.print("Seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in stages.items()))
-    environment = trial.environment
-    if environment:
-        versions = environment["versions"]
-        out.print(
-            f"Measured on {environment['device_name']} ({environment['device']}, "
-            f"{environment['threads']} threads), torch {versions['torch']}, "
-            f"lm-workbench {versions['lm-workbench']}"
-        )
-    out.print(f"Records: {trial.path}/")
+        say("Seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in stages.items()))
+    if trial.environment:
+        say(_measured_on(trial))
+    say(f"Records: {trial.path}/")
+
+
+def _metric_columns(trial: Trial, study: Study) -> list[Column]:
+    """Objectives first; figures as people read them, and the unit they were recorded in."""
+    objectives = {objective.name: objective for objective in study.objectives}
+    names = [name for name in objectives if name in trial.metrics]
+    names += [name for name in trial.metrics if name not in objectives]
+    units = [study.units.get(name, "") for name in names]
+    figures = [
+        figure(trial.metrics[name], unit) for name, unit in zip(names, units, strict=True)
+    ]
+    goals = [objectives[name].direction if name in objectives else "" for name in names]
+    return [
+        Column(heading="metric", cells=names),
+        Column(heading="value", cells=figures, right=True),
+        Column(heading="unit", cells=units),
+        Column(heading="objective", cells=goals),
+    ]
+
+
+def _measured_on(trial: Trial) -> str:
+    facts = trial.environment
+    versions = facts["versions"]
+    return (
+        f"Measured on {facts['device_name']} ({facts['device']}, "
+        f"{count(facts['threads'], 'thread')}), torch {versions['torch']}, "
+        f"lm-workbench {versions['lm-workbench']}"
+    )

@@ -1,16 +1,19 @@
-"""Tables of studies and trials, from records."""
+"""Tables of studies and trials, from records: figures for people, in columns that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from workbench.cli.common import figure, table
+from workbench.description_text import short_pattern
+from workbench.figures import figure
+from workbench.text_table import Column
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from workbench.records import Study, Trial
+
+PATTERN = 24  # glyphs of a pattern shown as it is; a longer one has its repeats counted
+ARROWS = {"minimize": "↓", "maximize": "↑"}
 
 
 def outcome_line(study: Study) -> str:
@@ -20,43 +23,88 @@ def outcome_line(study: Study) -> str:
     return f"Study {study.name}: {', '.join(parts) if parts else 'no trials'}"
 
 
-def front_table(study: Study, trials: Sequence[Trial]) -> Table:
-    """The Pareto front: objectives first, then the other metrics, then the layout's pattern."""
-    names = [objective.name for objective in study.objectives]
-    names += [name for name in study.units if name not in names]
-    columns = ["trial", *(_heading(study, name) for name in names), "quantizer", "pattern"]
-    rows = [
-        [
-            trial.number,
-            *(figure(trial.metrics.get(name), study.units[name]) for name in names),
-            trial.params.get("quantizer", "none"),
-            trial.pattern,
-        ]
-        for trial in trials
+def front_line(study: Study, trials: Sequence[Trial]) -> str:
+    """What the front's table shows: how many layouts, for which objectives."""
+    goals = ", ".join(f"{o.name} {ARROWS[o.direction]}" for o in study.objectives)
+    layouts = "1 layout" if len(trials) == 1 else f"{len(trials)} layouts"
+    return f"Pareto front: {layouts} ({goals})"
+
+
+def study_columns(studies: Sequence[Study]) -> list[Column]:
+    """A row a study."""
+    summaries = [study.summary() for study in studies]
+    return [
+        Column(heading="study", cells=[study.name for study in studies]),
+        Column(
+            heading="objectives",
+            cells=[", ".join(o.name for o in study.objectives) for study in studies],
+            wrap=True,
+        ),
+        Column(heading="trials", cells=[f"{s['trials']:,}" for s in summaries], right=True),
+        Column(
+            heading="complete",
+            cells=[f"{s['outcomes'].get('complete', 0):,}" for s in summaries],
+            right=True,
+        ),
+        Column(heading="description", cells=[s["description"] for s in summaries], wrap=True, rank=1),
+        Column(heading="folder", cells=[str(study.path) for study in studies], rank=2),
     ]
-    arrows = {"minimize": "↓", "maximize": "↑"}
-    goals = ", ".join(f"{o.name} {arrows[o.direction]}" for o in study.objectives)
-    return table(f"Pareto front: {len(rows)} layouts ({goals})", columns, rows)
 
 
-def trial_table(study: Study, trials: Sequence[Trial]) -> Table:
-    """Every trial, its outcome and its objectives."""
-    names = [objective.name for objective in study.objectives]
-    columns = ["trial", "outcome", *(_heading(study, name) for name in names), "pattern", "reason"]
-    rows = [
-        [
-            trial.number,
-            trial.outcome,
-            *(figure(trial.metrics.get(name), study.units[name]) for name in names),
-            trial.pattern,
-            trial.reason,
-        ]
-        for trial in trials
+def front_columns(study: Study, trials: Sequence[Trial]) -> list[Column]:
+    """A row a layout: objectives, quantizer and pattern; other metrics where there is room."""
+    objectives = [objective.name for objective in study.objectives]
+    others = [name for name in study.units if name not in objectives]
+    return [
+        _numbers(trials),
+        *_metrics(study, trials, objectives),
+        *_metrics(study, trials, others, rank=2),
+        Column(
+            heading="quantizer",
+            cells=[str(trial.params.get("quantizer", "none")) for trial in trials],
+            rank=1,
+        ),
+        _patterns(trials),
     ]
-    return table(None, columns, rows)
 
 
-def _heading(study: Study, name: str) -> str:
-    unit = study.units.get(name, "")
-    scaled_in_cells = unit in ("bytes", "parameters", "FLOPs", "")
-    return name if scaled_in_cells or name.endswith(f"_{unit}") else f"{name} [{unit}]"
+def trial_columns(study: Study, trials: Sequence[Trial]) -> list[Column]:
+    """A row a trial, whatever its outcome: objectives, pattern, and why it ended as it did."""
+    objectives = [objective.name for objective in study.objectives]
+    return [
+        _numbers(trials),
+        Column(heading="outcome", cells=[trial.outcome.replace("_", " ") for trial in trials]),
+        *_metrics(study, trials, objectives),
+        _patterns(trials),
+        Column(heading="reason", cells=[trial.reason for trial in trials], wrap=True, rank=1),
+    ]
+
+
+def _numbers(trials: Sequence[Trial]) -> Column:
+    return Column(heading="trial", cells=[str(trial.number) for trial in trials], right=True)
+
+
+def _patterns(trials: Sequence[Trial]) -> Column:
+    cells = [short_pattern(trial.pattern, PATTERN) for trial in trials]
+    return Column(heading="pattern", cells=cells, wrap=True)
+
+
+def _metrics(
+    study: Study, trials: Sequence[Trial], names: Sequence[str], rank: int = 0
+) -> Iterator[Column]:
+    """A column a metric; the ranks rise, so that the last one goes first."""
+    for index, name in enumerate(names):
+        unit = study.units.get(name, "")
+        yield Column(
+            heading=heading(name, unit),
+            cells=[figure(trial.metrics.get(name), unit) for trial in trials],
+            right=True,
+            rank=rank and rank + index,
+        )
+
+
+def heading(name: str, unit: str) -> str:
+    """A metric's name with its unit, unless its figures or its name say it."""
+    scaled = unit in ("bytes", "parameters", "") or unit.startswith("FLOPs")
+    said = f"_{unit.replace('/', '_per_')}_" in f"_{name}_"
+    return name if scaled or said else f"{name} [{unit}]"

@@ -132,6 +132,8 @@ def _reach(points: pd.DataFrame, x: Quantity, y: Quantity) -> go.Scatter | None:
         return None
     kept = pareto_front(list(zip(x.sign * points[x.name], y.sign * points[y.name], strict=True)))
     best = points.iloc[kept].sort_values([x.name, y.name])
+    if len(best) < 2:
+        return None
     return go.Scatter(
         x=_values(best, x, points),
         y=_values(best, y, points),

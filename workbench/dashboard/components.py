@@ -11,13 +11,16 @@ import streamlit as st
 
 from workbench.dashboard import links, tables
 from workbench.dashboard.quantities import Quantity
-from workbench.dashboard.reading import ReadableStudy, ReadableTrial
-from workbench.dashboard.strips import legend_html, palette, strip_html, strip_width
+from workbench.dashboard.reading import CachedStudy
+from workbench.dashboard.strips import UNKNOWN, legend_html, palette, strip_html, strip_width
+from workbench.description_text import short_pattern
 from workbench.errors import WorkbenchError
-from workbench.records import OUTCOMES, runs_folder
+from workbench.layout import Layout
+from workbench.records import OUTCOMES, Trial, runs_folder
 
 REFRESH_SECONDS = 2.0
 ROW = 35  # pixels of a row of a data frame
+PICKER_GLYPHS = 16  # of a pattern in the trial picker; a longer one has its repeats counted
 STRIP_SCALE = 1.3  # a data frame draws images as high as its rows
 OUTCOME_COLOURS = {
     "complete": "green",
@@ -33,14 +36,11 @@ def live(draw: Callable[[], None], *, running: bool) -> None:
     st.fragment(draw, run_every=REFRESH_SECONDS if running else None)()
 
 
-def damaged_records(messages: Sequence[str]) -> None:
-    """Name the records that could not be read, if any."""
+def damaged_studies(messages: Sequence[str]) -> None:
+    """Name the studies that could not be read, if any."""
     if messages:
         listed = "\n".join(f"- {message}" for message in messages)
-        st.warning(
-            f"{len(messages)} damaged record{'s' if len(messages) > 1 else ''} left out:\n{listed}",
-            icon=":material/warning:",
-        )
+        st.warning(f"Left out:\n{listed}", icon=":material/warning:")
 
 
 def no_studies() -> None:
@@ -69,22 +69,24 @@ def outcome_badge(outcome: str, text: str | None = None) -> None:
     )
 
 
-def layer_colours(study: ReadableStudy) -> dict[str, str]:
+def layer_colours(study: CachedStudy) -> dict[str, str]:
     """The colours of a study's layer types."""
     return palette(study.layer_names.values(), study.mlps)
 
 
-def layer_legend(study: ReadableStudy, colours: Mapping[str, str]) -> None:
+def layer_legend(study: CachedStudy, colours: Mapping[str, str]) -> None:
     """Which glyph and colour is which layer type."""
     glyphs = {name: glyph for glyph, name in study.layer_names.items()}
     st.html(legend_html(glyphs, colours))
 
 
-def layout_strip(trial: ReadableTrial, colours: Mapping[str, str]) -> None:
-    """A trial's layout as a strip that names each block under the pointer."""
-    blocks = trial.layout.blocks
-    titles = [f"{index}: {block.layer}" for index, block in enumerate(blocks)]
-    st.html(strip_html(trial.pattern, [colours[block.layer] for block in blocks], titles))
+def layout_strip(layout: Layout, study: CachedStudy) -> None:
+    """A layout as a strip that names each block under the pointer."""
+    glyphs = {name: glyph for glyph, name in study.layer_names.items()}
+    colours = layer_colours(study)
+    titles = [f"{index}: {block.layer}" for index, block in enumerate(layout.blocks)]
+    fills = [colours.get(block.layer, UNKNOWN) for block in layout.blocks]
+    st.html(strip_html(layout.pattern(glyphs), fills, titles))
 
 
 def selected_row(
@@ -130,9 +132,7 @@ def _direction(quantity: Quantity) -> str | None:
     return f"objective: {quantity.direction}"
 
 
-def figure_cards(
-    trial: ReadableTrial, metrics: Sequence[Quantity], extras: Mapping[str, float]
-) -> None:
+def figure_cards(trial: Trial, metrics: Sequence[Quantity], extras: Mapping[str, float]) -> None:
     """A card a metric; objectives are marked, and what was recorded beside it is on hover."""
     with st.container(horizontal=True, gap="small"):
         for quantity in metrics:
@@ -148,24 +148,25 @@ def figure_cards(
             )
 
 
-def commands(trial: ReadableTrial, *, with_weights: bool) -> None:
+def commands(trial: Trial, *, with_layout: bool, with_weights: bool) -> None:
     """The command lines that do what this page does."""
     runs = runs_folder().resolve()
-    lines = [f"workbench show {trial.name}", f"workbench describe {trial.name}"]
+    lines = [f"workbench show {trial.name}"]
+    if with_layout:
+        lines.append(f"workbench describe {trial.name}")
     if with_weights:
-        lines.append(f"workbench generate {trial.name} --prompt 'def main('")
         lines.append(f"workbench export {trial.name} {shlex.quote(export_folder(trial))}")
     if runs != Path("runs").resolve():
         lines.insert(0, f"export WORKBENCH_RUNS={shlex.quote(str(runs))}")
     st.code("\n".join(lines), language="bash", wrap_lines=True)
 
 
-def export_folder(trial: ReadableTrial) -> str:
+def export_folder(trial: Trial) -> str:
     """The folder that an export goes to unless the user names another."""
     return f"exported/{trial.study}-{trial.number}"
 
 
-def export_form(trial: ReadableTrial) -> None:
+def export_form(trial: Trial) -> None:
     """Ask where to, export, and show the report or what went wrong."""
     with st.form("export"):
         folder = st.text_input(
@@ -199,7 +200,7 @@ def export_form(trial: ReadableTrial) -> None:
     )
 
 
-def choose_study(studies: Sequence[ReadableStudy]) -> None:
+def choose_study(studies: Sequence[CachedStudy]) -> None:
     """A button for each study."""
     st.markdown("Choose a study:")
     with st.container(horizontal=True):
@@ -208,7 +209,7 @@ def choose_study(studies: Sequence[ReadableStudy]) -> None:
                 links.open_study(study.name)
 
 
-def choose_trial(study: ReadableStudy) -> None:
+def choose_trial(study: CachedStudy) -> None:
     """Ways to a trial of a study."""
     front = study.front_trials()
     st.markdown(
@@ -224,7 +225,7 @@ def choose_trial(study: ReadableStudy) -> None:
             links.open_study(study.name)
 
 
-def study_picker(study: ReadableStudy, studies: Sequence[ReadableStudy]) -> None:
+def study_picker(study: CachedStudy, studies: Sequence[CachedStudy]) -> None:
     """A way from one study to another."""
     names = [other.name for other in studies]
     if len(names) < 2:
@@ -237,9 +238,12 @@ def study_picker(study: ReadableStudy, studies: Sequence[ReadableStudy]) -> None
         links.open_study(picked)
 
 
-def trial_picker(trial: ReadableTrial, study: ReadableStudy) -> None:
+def trial_picker(trial: Trial, study: CachedStudy) -> None:
     """A way from one trial to another."""
-    labels = {t.number: f"{t.number} · {t.outcome} · {t.pattern}" for t in study.trials()}
+    labels = {
+        t.number: f"{t.number} · {t.outcome.replace('_', ' ')} · {short_pattern(t.pattern, PICKER_GLYPHS)}"
+        for t in study.trials()
+    }
     numbers = list(labels)
     key = f"pick-trial-{trial.name}"
     picked = st.selectbox(
@@ -254,7 +258,7 @@ def trial_picker(trial: ReadableTrial, study: ReadableStudy) -> None:
         links.open_trial(study.name, picked)
 
 
-def machine(trial: ReadableTrial) -> str:
+def machine(trial: Trial) -> str:
     """Where a trial's figures were measured, in words."""
     facts = trial.environment
     versions = facts.get("versions", {})

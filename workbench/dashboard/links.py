@@ -8,8 +8,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from workbench.dashboard.reading import ReadableStudy, ReadableTrial
+from workbench.dashboard.reading import CachedStudy
 from workbench.errors import WorkbenchError
+from workbench.records import Trial
 
 # Not "pages": Streamlit would serve what lies in such a folder by itself, without our page map, to
 # whoever opens a link before anyone has opened the first page.
@@ -19,7 +20,7 @@ STUDY = str(VIEWS / "study.py")
 TRIAL = str(VIEWS / "trial.py")
 
 
-def chosen_study(studies: Sequence[ReadableStudy]) -> ReadableStudy | None:
+def chosen_study(studies: Sequence[CachedStudy]) -> CachedStudy | None:
     """The study to show; None when there are several and nothing says which.
 
     Raises:
@@ -39,11 +40,11 @@ def chosen_study(studies: Sequence[ReadableStudy]) -> ReadableStudy | None:
     raise WorkbenchError(f"There is no study {name!r} in this runs folder. There is: {known}.")
 
 
-def chosen_trial(study: ReadableStudy) -> ReadableTrial | None:
+def chosen_trial(study: CachedStudy) -> Trial | None:
     """The trial of `study` to show; None when nothing says which.
 
     Raises:
-        WorkbenchError: the link names one that is not there, or whose record is damaged.
+        WorkbenchError: the link names one that is not there.
     """
     of, number = st.session_state.get("trial", (None, None))
     text = st.query_params.get("trial") or (str(number) if of == study.name else None)
@@ -54,7 +55,7 @@ def chosen_trial(study: ReadableStudy) -> ReadableTrial | None:
     return study.trial(int(text))
 
 
-def remember(study: ReadableStudy, trial: ReadableTrial | None = None) -> None:
+def remember(study: CachedStudy, trial: Trial | None = None) -> None:
     """Make the address of this page a link to what it shows, and other pages show the same."""
     st.session_state["study"] = study.name
     st.query_params["study"] = study.name

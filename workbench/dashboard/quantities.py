@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.cli.common import figure
+from workbench.figures import figure
 from workbench.records import Study
 
 BYTES = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -46,7 +46,8 @@ class Quantity:
 
     def heading(self, unit: str) -> str:
         """The name with a unit in brackets, unless the name says it."""
-        said = not unit or self.name == unit or self.name.endswith(f"_{unit}")
+        words = f"_{unit.replace('/', '_per_')}_"
+        said = not unit or words in f"_{self.name}_"
         return self.name if said else f"{self.name} [{unit}]"
 
     def text(self, value: float | None) -> str:

@@ -1,100 +1,53 @@
-"""Records as pages need them: one damaged file is set aside and named, and hides no other."""
+"""Records as pages need them: read once a change, though a page is drawn again at every click."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from workbench import records
 from workbench.errors import WorkbenchError
-from workbench.files import read_json
-from workbench.records import OUTCOMES, Study, Trial, runs_folder
+from workbench.records import Study, Trial, runs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LOG_TAIL = 20_000  # characters of a worker's log that a page shows
 
-
-class ReadableTrial(Trial):
-    """A trial whose record has the shape that pages rely on.
-
-    Raises:
-        WorkbenchError: `trial.json` is not JSON or not a trial's record; names the file.
-    """
-
-    def __init__(self, study: str, path: Path) -> None:
-        super().__init__(study, path)
-        file = path / "trial.json"
-        _require(self.data, {"outcome": str}, file)
-        if self.outcome not in OUTCOMES:
-            raise WorkbenchError(f"{file} is damaged: no outcome is called {self.outcome!r}")
-        optional = {"metrics": dict, "params": dict, "environment": dict, "stage_seconds": dict}
-        present = {name: kind for name, kind in optional.items() if name in self.data}
-        _require(self.data, present, file)
-
-    def curve(self) -> pd.DataFrame:
-        """The training curve, as `Trial.curve`.
-
-        Raises:
-            WorkbenchError: a line in the middle of `curve.jsonl` is damaged.
-        """
-        try:
-            return super().curve()
-        except ValueError as error:
-            raise WorkbenchError(f"{self.path / 'curve.jsonl'} is damaged: {error}") from None
-
-    @property
-    def log(self) -> str:
-        """The end of what its worker printed; empty if it printed nothing."""
-        path = self.path / "log.txt"
-        return path.read_text("utf-8", "replace")[-LOG_TAIL:] if path.exists() else ""
+# Trial's folder → when its record was written, how long it was, and what it said.
+_read: dict[Path, tuple[int, int, Trial]] = {}
 
 
-class ReadableStudy(Study):
-    """A study without its damaged trial records.
-
-    Attributes:
-        damaged: a message for every record that could not be read.
-
-    Raises:
-        WorkbenchError: `study.json` is not JSON or not a study's record; names the file.
-    """
+class CachedStudy(Study):
+    """A study as it was when this object was made; unchanged trials are not read again."""
 
     def __init__(self, path: Path) -> None:
-        file = path / "study.json"
-        _require(read_json(file), {"name": str, "objectives": list, "units": dict}, file)
         super().__init__(path)
         self.name = path.name  # what commands call it, also where someone renamed its folder
-        try:
-            objectives = self.objectives
-        except TypeError as error:
-            raise WorkbenchError(f"{file} is damaged: {error}") from None
-        if not objectives:
-            raise WorkbenchError(f"{file} is damaged: it names no objective")
-        self.damaged: list[str] = []
-        self._trials: list[ReadableTrial] = []
-        for folder in sorted((path / "trials").glob("[0-9]*[0-9]")):
-            try:
-                self._trials += map(self._with_objectives, _trial_in(self.name, folder))
-            except WorkbenchError as error:
-                self.damaged.append(str(error))
+
+    @cached_property
+    def _trials(self) -> list[Trial]:
+        return super().trials()
 
     def trials(self) -> list[Trial]:
-        """Every trial whose record can be read, by number."""
+        """Every trial that left a record, by number; see `Study.trials`."""
         return list(self._trials)
 
-    def trial(self, number: int) -> ReadableTrial:
-        """One trial; see `Study.trial`."""
-        return self._with_objectives(ReadableTrial(self.name, super().trial(number).path))
+    def trial(self, number: int) -> Trial:
+        """One trial, a damaged one too; see `Study.trial`."""
+        for trial in self._trials:
+            if trial.number == number:
+                return trial
+        return super().trial(number)
 
-    def _with_objectives(self, trial: ReadableTrial) -> ReadableTrial:
-        """The trial, if it has what a complete one must have to be on a front."""
-        if trial.outcome == "complete":
-            objectives = {objective.name: (int, float) for objective in self.objectives}
-            _require(trial.metrics, objectives, trial.path / "trial.json")
-        return trial
+    def _trial(self, path: Path) -> Trial:
+        found = (path / "trial.json").stat()
+        known = _read.get(path)
+        if known is None or known[:2] != (found.st_mtime_ns, found.st_size):
+            known = (found.st_mtime_ns, found.st_size, super()._trial(path))
+            _read[path] = known
+        return known[2]
 
     @property
     def is_running(self) -> bool:
@@ -127,44 +80,37 @@ class ReadableStudy(Study):
         return set(self.data.get("config", {}).get("space", {}).get("mlps", ()))
 
 
-def read_studies(runs: Path | None = None) -> tuple[list[ReadableStudy], list[str]]:
+def read_studies(runs: Path | None = None) -> tuple[list[CachedStudy], list[str]]:
     """Every readable study of the runs folder by name, and a message for each damaged one."""
-    studies, damaged = [], []
-    for path in sorted(runs_folder(runs).glob("*/study.json")):
-        try:
-            studies.append(ReadableStudy(path.parent))
-        except WorkbenchError as error:
-            damaged.append(str(error))
-    return studies, damaged
+    found, damaged = records.read_studies(runs)
+    for study in found:
+        if not study.objectives:
+            damaged.append(f"{study.path / 'study.json'} is damaged: it names no objective")
+    return [CachedStudy(study.path) for study in found if study.objectives], damaged
 
 
-def read_study(name: str, runs: Path | None = None) -> ReadableStudy:
+def read_study(name: str, runs: Path | None = None) -> CachedStudy:
     """One study, as it is now.
 
     Raises:
         WorkbenchError: it cannot be read, or no longer.
     """
-    return ReadableStudy(runs_folder(runs) / name)
+    return CachedStudy(runs_folder(runs) / name)
 
 
-def _trial_in(study: str, folder: Path) -> list[ReadableTrial]:
-    """The trial in a folder; none if it left no record yet."""
+def curve_of(trial: Trial) -> pd.DataFrame:
+    """A trial's training curve; see `Trial.curve`.
+
+    Raises:
+        WorkbenchError: a line in the middle of `curve.jsonl` is damaged.
+    """
     try:
-        found = (folder / "trial.json").stat()
-    except FileNotFoundError:
-        return []
-    return [_cached_trial(study, folder, found.st_mtime_ns, found.st_size)]
+        return trial.curve()
+    except ValueError as error:
+        raise WorkbenchError(f"{trial.path / 'curve.jsonl'} is damaged: {error}") from None
 
 
-@lru_cache(maxsize=20_000)
-def _cached_trial(study: str, folder: Path, mtime_ns: int, size: int) -> ReadableTrial:
-    # A page is drawn again at every click, and most records never change.
-    return ReadableTrial(study, folder)
-
-
-def _require(data: Any, fields: Mapping[str, type | tuple[type, ...]], file: Path) -> None:
-    if not isinstance(data, dict):
-        raise WorkbenchError(f"{file} is damaged: expected an object, got {type(data).__name__}")
-    for name, kind in fields.items():
-        if not isinstance(data.get(name), kind):
-            raise WorkbenchError(f"{file} is damaged: its field {name!r} is missing or malformed")
+def log_of(trial: Trial) -> str:
+    """The end of what a trial's worker printed; empty if it printed nothing."""
+    path = trial.path / "log.txt"
+    return path.read_text("utf-8", "replace")[-LOG_TAIL:] if path.exists() else ""

@@ -13,13 +13,13 @@ from workbench.layout import Layout
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.dashboard.reading import ReadableStudy
+    from workbench.dashboard.reading import CachedStudy
     from workbench.records import Trial
 
 QUANTIZER = "quantizer"  # the parameter that names what stores the weights
 
 
-def study_table(studies: Sequence[ReadableStudy]) -> pd.DataFrame:
+def study_table(studies: Sequence[CachedStudy]) -> pd.DataFrame:
     """A row a study: its objectives and how many of its trials ended how."""
     import pandas as pd
 
@@ -44,7 +44,7 @@ def counted(outcomes: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in outcomes.items())
 
 
-def point_table(study: ReadableStudy) -> pd.DataFrame:
+def point_table(study: CachedStudy) -> pd.DataFrame:
     """A row a complete trial, by number: metrics as recorded, `front`, `pattern` and `trial`."""
     frame = study.frame()
     frame = frame[frame["outcome"] == "complete"]
@@ -53,7 +53,7 @@ def point_table(study: ReadableStudy) -> pd.DataFrame:
 
 
 def trial_table(
-    study: ReadableStudy,
+    study: CachedStudy,
     trials: Iterable[Trial],
     metrics: Mapping[str, Quantity],
     colours: Mapping[str, str],

@@ -6,9 +6,9 @@ import streamlit as st
 
 from workbench.dashboard import links
 from workbench.dashboard.charts import pareto_figure
-from workbench.dashboard.components import damaged_records, live, no_studies, selected_row
+from workbench.dashboard.components import damaged_studies, live, no_studies, selected_row
 from workbench.dashboard.quantities import default_axes, quantities
-from workbench.dashboard.reading import ReadableStudy, read_studies
+from workbench.dashboard.reading import CachedStudy, read_studies
 from workbench.dashboard.tables import point_table, study_table
 from workbench.records import runs_folder
 
@@ -26,7 +26,7 @@ def page() -> None:
 def listing() -> None:
     """The table and the previews."""
     studies, damaged = read_studies()
-    damaged_records(damaged)
+    damaged_studies(damaged)
     if not studies:
         no_studies()
         return
@@ -42,7 +42,7 @@ def listing() -> None:
                 preview(study)
 
 
-def preview(study: ReadableStudy) -> None:
+def preview(study: CachedStudy) -> None:
     """One study at a glance."""
     st.subheader(study.name, anchor=False)
     if study.data.get("description"):

@@ -9,7 +9,7 @@ import streamlit as st
 from workbench.dashboard import components, links, tables
 from workbench.dashboard.charts import pareto_figure
 from workbench.dashboard.quantities import TRIAL, Quantity, default_axes, quantities
-from workbench.dashboard.reading import ReadableStudy, read_studies, read_study
+from workbench.dashboard.reading import CachedStudy, read_studies, read_study
 from workbench.errors import WorkbenchError
 
 FRONT = "Pareto front"
@@ -19,7 +19,7 @@ CHART_HEIGHT = 470
 def page() -> None:
     """Find the study, then draw it."""
     studies, damaged = read_studies()
-    components.damaged_records(damaged)
+    components.damaged_studies(damaged)
     if not studies:
         st.title("Study", anchor=False)
         components.no_studies()
@@ -44,7 +44,7 @@ def page() -> None:
     trials(study)
 
 
-def heading(study: ReadableStudy, studies: Sequence[ReadableStudy]) -> None:
+def heading(study: CachedStudy, studies: Sequence[CachedStudy]) -> None:
     """What the study is, and a way to another one."""
     left, right = st.columns([7, 3], gap="medium", vertical_alignment="center")
     with left:
@@ -59,7 +59,6 @@ def heading(study: ReadableStudy, studies: Sequence[ReadableStudy]) -> None:
 def status(name: str) -> None:
     """How many trials ended how, as of now."""
     study = read_study(name)
-    components.damaged_records(study.damaged)
     outcomes = study.summary()["outcomes"]
     components.outcome_badges(outcomes)
     # What stands outside the live parts (the filter) must hear of a new outcome, or of the end.
@@ -122,7 +121,7 @@ def best(name: str) -> None:
                 links.open_trial(study.name, trial.number)
 
 
-def trials(study: ReadableStudy) -> None:
+def trials(study: CachedStudy) -> None:
     """Which trials to list, and the list."""
     st.subheader("Trials", anchor=False)
     outcomes = study.summary()["outcomes"]

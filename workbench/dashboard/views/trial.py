@@ -7,8 +7,9 @@ import streamlit as st
 from workbench.dashboard import components, links, tables
 from workbench.dashboard.charts import curve_figure
 from workbench.dashboard.quantities import quantities
-from workbench.dashboard.reading import ReadableStudy, ReadableTrial, read_studies, read_study
+from workbench.dashboard.reading import CachedStudy, curve_of, log_of, read_studies, read_study
 from workbench.errors import WorkbenchError
+from workbench.records import Trial
 
 CURVE_HEIGHT = 330
 
@@ -16,7 +17,7 @@ CURVE_HEIGHT = 330
 def page() -> None:
     """Find the trial, then draw it."""
     studies, damaged = read_studies()
-    components.damaged_records(damaged)
+    components.damaged_studies(damaged)
     if not studies:
         st.title("Trial", anchor=False)
         components.no_studies()
@@ -41,7 +42,7 @@ def page() -> None:
         hand_over(trial)
 
 
-def heading(trial: ReadableTrial, study: ReadableStudy) -> None:
+def heading(trial: Trial, study: CachedStudy) -> None:
     """Which trial this is, and a way to the others."""
     left, right = st.columns([7, 3], gap="medium", vertical_alignment="center")
     with left:
@@ -70,7 +71,7 @@ def judged(name: str, number: int) -> None:
         st.session_state["was_running"] = trial.name
 
 
-def verdict(trial: ReadableTrial, study: ReadableStudy) -> None:
+def verdict(trial: Trial, study: CachedStudy) -> None:
     """How it ended and why."""
     on_front = any(other.number == trial.number for other in study.front_trials())
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -84,7 +85,7 @@ def verdict(trial: ReadableTrial, study: ReadableStudy) -> None:
             links.open_trial(trial.study, int(original))
 
 
-def figures(trial: ReadableTrial, study: ReadableStudy) -> None:
+def figures(trial: Trial, study: CachedStudy) -> None:
     """What is exact apart from what was measured, with the machine beside it."""
     known = [q for q in quantities(study).values() if q.name in trial.metrics]
     groups = {
@@ -104,10 +105,10 @@ def figures(trial: ReadableTrial, study: ReadableStudy) -> None:
             components.figure_cards(trial, group, trial.data.get("extras", {}))
 
 
-def training(trial: ReadableTrial) -> None:
+def training(trial: Trial) -> None:
     """The training curve."""
     try:
-        curve = trial.curve()
+        curve = curve_of(trial)
     except WorkbenchError as error:
         st.error(str(error))
         return
@@ -119,7 +120,7 @@ def training(trial: ReadableTrial) -> None:
     st.plotly_chart(figure, key="curve")
 
 
-def record(trial: ReadableTrial) -> None:
+def record(trial: Trial) -> None:
     """The rest of what its record says."""
     parts = {
         "Parameters": tables.pairs_table(trial.params, "parameter", "value"),
@@ -135,18 +136,19 @@ def record(trial: ReadableTrial) -> None:
             "seconds",
         ),
     }
-    names = [*parts, *(["Log"] if trial.log else [])]
+    log = log_of(trial)
+    names = [*parts, *(["Log"] if log else [])]
     for name, tab in zip(names, st.tabs(names), strict=True):
         with tab:
             if name == "Log":
-                st.code(trial.log, language=None, height=CURVE_HEIGHT)
+                st.code(log, language=None, height=CURVE_HEIGHT)
             elif parts[name].empty:
                 st.caption("Nothing recorded.")
             else:
                 st.dataframe(parts[name], hide_index=True)
 
 
-def layout(trial: ReadableTrial, study: ReadableStudy) -> None:
+def layout(trial: Trial, study: CachedStudy) -> None:
     """The strip, the blocks, and the layout as a file."""
     st.subheader("Layout", anchor=False)
     try:
@@ -154,7 +156,7 @@ def layout(trial: ReadableTrial, study: ReadableStudy) -> None:
     except WorkbenchError as error:
         st.info(str(error), icon=":material/info:")
         return
-    components.layout_strip(trial, components.layer_colours(study))
+    components.layout_strip(found, study)
     st.caption(
         f"{len(found.blocks)} blocks from the input up, d_model {found.d_model:,}, "
         f"vocabulary {found.vocab_size:,}, "
@@ -164,7 +166,7 @@ def layout(trial: ReadableTrial, study: ReadableStudy) -> None:
     st.table(tables.block_table(found).set_index("blocks"))
 
 
-def hand_over(trial: ReadableTrial) -> None:
+def hand_over(trial: Trial) -> None:
     """Take the trial elsewhere."""
     left, right = st.columns([6, 4], gap="medium")
     try:
@@ -179,9 +181,10 @@ def hand_over(trial: ReadableTrial) -> None:
             components.export_form(trial)
     with right:
         st.subheader("On the command line", anchor=False)
-        components.commands(trial, with_weights=weights is not None)
         file = trial.path / "layout.json"
-        if file.exists():
+        has_layout = file.exists()
+        components.commands(trial, with_layout=has_layout, with_weights=weights is not None)
+        if has_layout:
             st.download_button(
                 "Layout as JSON",
                 file.read_bytes(),

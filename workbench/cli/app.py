@@ -1,0 +1,119 @@
+"""The commands together, and what their errors become: a message and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from workbench.cli import (
+    dashboard,
+    describe,
+    doctor,
+    export,
+    generate,
+    measure,
+    plugins,
+    run,
+    show,
+    train,
+)
+from workbench.errors import UnknownNameError, WorkbenchError
+
+FAULT = 1
+USER_ERROR = 2
+COMMANDS = (run, show, describe, measure, train, export, generate, plugins, doctor, dashboard)
+EPILOG = """\b
+Start with:
+  workbench run studies/quickstart.toml
+
+\b
+Exit status: 0 done, 1 a fault of the workbench, 2 a mistake in what was given, 130 Ctrl-C."""
+
+
+class Commands(TyperGroup):
+    """Commands by name; an unknown one gets the nearest and the list."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise UnknownNameError("command", args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+
+# Plain help: rich's panels take longer to import than everything else that --help does.
+app = typer.Typer(
+    cls=Commands,
+    name="workbench",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in COMMANDS:
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(getattr(module, name))
+
+
+def _version(value: bool) -> None:
+    if value:
+        from workbench import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Architecture search for small hybrid language models."""
+
+
+def run_app(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status; only WORKBENCH_DEBUG lets errors through.
+
+    Args:
+        arguments: those of the process if None.
+    """
+    try:
+        app(arguments)
+    except SystemExit as end:  # how typer always ends
+        return _flushed(end.code if isinstance(end.code, int) else 0)
+    except WorkbenchError as error:
+        return _failed(f"error: {error}", USER_ERROR)
+    except BrokenPipeError:
+        return _nobody_reads()
+    except Exception as error:
+        if os.environ.get("WORKBENCH_DEBUG"):
+            raise
+        return _failed(
+            f"unexpected {type(error).__name__}: {error}\n"
+            "This is a fault of the workbench or of a plugin. WORKBENCH_DEBUG=1 shows where.",
+            FAULT,
+        )
+    return _flushed(0)
+
+
+def _failed(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return _flushed(status)
+
+
+def _flushed(status: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _nobody_reads()
+    return status
+
+
+def _nobody_reads() -> int:
+    """The reader of our output went away (`| head`): nobody is left to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAULT
