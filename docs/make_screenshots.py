@@ -33,6 +33,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# Streamlit's own buttons for developers are no part of the pictures.
+SETTINGS = {"STREAMLIT_CLIENT_TOOLBAR_MODE": "viewer", "STREAMLIT_SERVER_FILE_WATCHER_TYPE": "none"}
 READY_SECONDS = 60
 
 
@@ -44,10 +46,15 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with serving(arguments.runs, arguments.study) as address, browser_page() as page:
-        page.goto(f"{address}/study?study={arguments.study}")
-        wait_until_drawn(page)
-        page.screenshot(path=arguments.out / "dashboard.png")
-        page.locator(".js-plotly-plot").first.screenshot(path=arguments.out / "pareto.png")
+        take_pictures(page, f"{address}/study?study={arguments.study}", arguments.out)
+
+
+def take_pictures(page: Page, link: str, out: Path) -> None:
+    """Write both pictures of a study's page to the folder `out`."""
+    page.goto(link)
+    wait_until_drawn(page)
+    page.screenshot(path=out / "dashboard.png")
+    page.locator(".js-plotly-plot").first.screenshot(path=out / "pareto.png")
 
 
 @contextlib.contextmanager
@@ -59,22 +66,29 @@ def serving(runs: Path, study: str | None = None) -> Iterator[str]:
     command = [sys.executable, "-c", "from workbench.cli import main; main()", "dashboard"]
     command += [*([study] if study else []), "--headless", f"--port={port}", f"--runs={runs}"]
     # The command line starts Streamlit as its child: they are stopped as one group.
-    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, env={**os.environ, **SETTINGS}, start_new_session=True, stdout=subprocess.DEVNULL
+    )
     address = f"http://localhost:{port}"
     try:
         _wait_for_server(address, server)
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it never started
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 
 @contextlib.contextmanager
-def browser_page() -> Iterator[Page]:
-    """A page of a headless Chromium: the system's, else the one that playwright installed."""
+def browser_page(scale: float = 2) -> Iterator[Page]:
+    """A page of a headless Chromium: the system's, else the one that playwright installed.
+
+    Args:
+        scale: pixels of a picture for each pixel of the page.
+    """
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        yield browser.new_page(viewport=SIZE, device_scale_factor=2)
+        yield browser.new_page(viewport=SIZE, device_scale_factor=scale)
         browser.close()
 
 
@@ -85,7 +99,7 @@ def wait_until_drawn(page: Page) -> None:
         "!document.querySelector('[data-testid=stSkeleton], [data-testid=stStatusWidget]')"
     )
     page.wait_for_selector(".js-plotly-plot .trace", state="attached")
-    page.wait_for_timeout(1000)  # tables are drawn on canvases, which tell nobody
+    page.wait_for_timeout(500)  # tables are drawn on canvases, which tell nobody
 
 
 def _wait_for_server(address: str, server: subprocess.Popen[bytes]) -> None:

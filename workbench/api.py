@@ -56,7 +56,7 @@ def load_layout(
         UnknownNameError, FieldError: the layout names a layer or field that does not exist, or
             cannot be built; or there is no such study.
     """
-    return _find(source, plugin_dirs, runs)[1]
+    return find(source, plugin_dirs, runs)[1]
 
 
 def build(
@@ -84,7 +84,7 @@ def build(
     Raises:
         UnknownNameError, FieldError, WorkbenchError: as `load_layout`.
     """
-    builder, layout, _ = _find(source, plugin_dirs, runs)
+    builder, layout, _ = find(source, plugin_dirs, runs)
     model = builder.build(layout, device=device, dtype=dtype, seed=seed)
     if quantized:
         builder.quantize(model)
@@ -122,7 +122,7 @@ def describe(
             raise FieldError(name, f"must be at least 1, got {value}")
     if bytes_per_element not in (2, 4, 8):
         raise FieldError("bytes_per_element", f"must be 2, 4 or 8, got {bytes_per_element}")
-    builder, layout, preset = _find(source, plugin_dirs, runs)
+    builder, layout, preset = find(source, plugin_dirs, runs)
     return describe_layout(
         builder,
         layout,
@@ -146,10 +146,13 @@ def preset_table(*, plugin_dirs: Iterable[str | Path] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _find(
+def find(
     source: Source, plugin_dirs: Iterable[str | Path], runs: str | Path | None
 ) -> tuple[Builder, Layout, Preset | None]:
-    """The resolved layout, the builder that knows its plugins, and the preset if it is one."""
+    """What `source` names: the builder that knows its plugins, the resolved layout, its preset.
+
+    Args and errors as in `load_layout`; the preset is None for all but presets.
+    """
     builder = _builder(plugin_dirs)
     if isinstance(source, Layout):
         return builder, builder.resolve(source), None

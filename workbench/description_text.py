@@ -90,7 +90,7 @@ def to_text(description: Description, width: int | None = None) -> str:
             heading=heading,
             cells=cells,
             right=index >= FIRST_FIGURE,
-            wrap=heading == "config",
+            fit="wrap" if heading == "config" else "whole",
             rank=RANKS.get(heading, 0),
         )
         for index, (heading, cells) in enumerate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,20 @@ PACKAGES = (
     "mamba-ssm",
     "causal-conv1d",
     "flash-attn",
+)
+
+MEMINFO = Path("/proc/meminfo")
+CONTROL_GROUPS = tuple(
+    (folder / limit, folder / usage, folder / "memory.stat", cached)
+    for folder, limit, usage, cached in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+        (
+            Path("/sys/fs/cgroup/memory"),
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    )
 )
 
 
@@ -76,6 +91,46 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return processor_name()
+
+
+def available_memory(device: str) -> int:
+    """Bytes that this process may still take on a device, as far as the system tells.
+
+    For a CPU the least of what is free or can be freed, what the process's control group still
+    allows (containers), and a limit on its address space (`ulimit -v`).
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [_free_memory(), *_control_group_room()]
+    return min(limits if address_space == resource.RLIM_INFINITY else [*limits, address_space])
+
+
+def _free_memory() -> int:
+    try:
+        for line in MEMINFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: all of it is the best that is known
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _control_group_room() -> list[int]:
+    """Limit less usage of the control group, cached files not counted; of version 2, or 1."""
+    room = []
+    for limit, usage, statistics, cached in CONTROL_GROUPS:
+        try:
+            facts = dict(
+                line.split() for line in statistics.read_text(encoding="utf-8").splitlines()
+            )
+            used = int(usage.read_text()) - int(facts.get(cached, 0))
+            room.append(int(limit.read_text()) - used)
+        except (OSError, ValueError):
+            continue  # there is no such controller, or it says "max": no limit
+    return room
 
 
 def environment(device: str) -> dict[str, Any]:

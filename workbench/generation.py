@@ -6,7 +6,7 @@ Shape suffixes: B batch, T prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
@@ -36,6 +36,7 @@ class SamplingConfig:
 
 
 GREEDY = SamplingConfig(temperature=0.0)
+REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no whole character
 
 
 def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
@@ -73,9 +74,11 @@ def stream(
         seed: of the draws; greedy decoding needs none.
 
     Raises:
-        FieldError: an empty prompt, or ids that the vocabulary does not have.
+        FieldError: with the first token; an empty prompt, or ids that the vocabulary does not have.
     """
-    if prompt_BT.shape[1] == 0:
+    if prompt_BT.ndim != 2:
+        raise FieldError("prompt", f"must be [batch, tokens], got shape {list(prompt_BT.shape)}")
+    if prompt_BT.numel() == 0:
         raise FieldError("prompt", "is empty: give at least one token")
     if int(prompt_BT.max()) >= model.layout.vocab_size or int(prompt_BT.min()) < 0:
         raise FieldError("prompt", f"token ids must be below {model.layout.vocab_size}")
@@ -93,3 +96,45 @@ def generate(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, **options:
     """Prompt and continuation, `[B, T + max_new_tokens]`; options as for `stream`."""
     new = list(stream(model, prompt_BT, max_new_tokens, **options))  # type: ignore[arg-type]
     return torch.cat([prompt_BT, *(tokens_B[:, None] for tokens_B in new)], dim=1)
+
+
+class TextStream:
+    """The text of tokens as they come: whole characters only, each once.
+
+    A character may take several tokens, and a token's text may depend on the one before it, so
+    each piece is what decoding the last few tokens together adds to decoding the earlier of them.
+
+    Args:
+        decode: token ids → text, U+FFFD for bytes that are no whole character.
+        prompt: ids whose text is out already.
+
+    Attributes:
+        tokens: those that were pushed.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]) -> None:
+        self._decode = decode
+        self._ids = list(prompt)
+        self._context = 0  # where decoding starts, so that the pending tokens read as they should
+        self._done = len(prompt)
+        self.tokens: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that a token completes; empty in the middle of a character."""
+        self._ids.append(token)
+        self.tokens.append(token)
+        added = self._added()
+        if not added or added.endswith(REPLACEMENT):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        return added
+
+    def finish(self) -> str:
+        """The text still pending, without the character that the last token left unfinished."""
+        added = self._added().rstrip(REPLACEMENT)
+        self._done = len(self._ids)
+        return added
+
+    def _added(self) -> str:
+        known = self._decode(self._ids[self._context : self._done])
+        return self._decode(self._ids[self._context :])[len(known) :]

@@ -42,6 +42,8 @@ class Context:
             Nothing may pass from one document to another.
         prefix_lengths_B: int, how many first tokens of each row attention sees in both
             directions (prefix-LM); only for calls that start at the row's first token.
+
+    A call that continues a state must begin in the document that the state belongs to.
     """
 
     attention_mask_BT: Tensor | None = None
@@ -90,6 +92,7 @@ class Layer(nn.Module):
             `"mlp"` (no mixing along the sequence).
         glyph: one character for layout patterns.
         reference: the paper or implementation it follows.
+        backend: the kernels it runs on, for the record.
         keep_precision: linear submodules that quantizers must leave alone, name → why.
         output_projection: name of the linear that writes to the residual stream; its initial
             weights are scaled down with depth. None for no such linear.
@@ -99,6 +102,7 @@ class Layer(nn.Module):
     kind: ClassVar[Kind] = "recurrent"
     glyph: ClassVar[str] = "?"
     reference: ClassVar[str] = ""
+    backend: ClassVar[str] = "torch"
     keep_precision: ClassVar[Mapping[str, str]] = {}
     output_projection: ClassVar[str | None] = None
 

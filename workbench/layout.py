@@ -88,7 +88,8 @@ class Layout:
         tie_embeddings: the head shares the embedding's weights.
         norm: before every block and before the head.
         norm_eps: added to the mean square (or variance) in every norm.
-        prefix_lm: attention sees a given prefix in both directions.
+        prefix_lm: made for prefixes that attention sees in both directions; without it a model
+            refuses `Context.prefix_lengths_B`.
         embedding_multiplier: on the embedding's output (Granite, Falcon-H1).
         residual_multiplier: on every block's output before it is added (Granite).
         logits_scaling: logits are divided by it (Granite).

@@ -13,7 +13,7 @@ from workbench.errors import WorkbenchError
 if TYPE_CHECKING:
     from workbench.builder import Builder
     from workbench.costs import Costs
-    from workbench.data import DataSource
+    from workbench.data import Batch, DataSource
     from workbench.evaluation import Evaluation
     from workbench.layout import Layout
     from workbench.model import HybridLM
@@ -43,6 +43,16 @@ class Metric(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def check(self, batch: Batch) -> None:  # noqa: B027 - most metrics can always be had
+        """Refuse a study on whose data this metric can never be had, before any work.
+
+        Args:
+            batch: one of the validation part.
+
+        Raises:
+            WorkbenchError: says which data or metric to choose instead.
+        """
 
     @abstractmethod
     def measure(self, subject: Subject) -> float:

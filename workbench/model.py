@@ -121,6 +121,8 @@ class HybridLM(nn.Module):
         self, tokens_BT: Tensor, context: Context = PLAIN, states: Sequence[State] | None = None
     ) -> Tensor:
         """Normed activations before the head, `[B, T, D]`; fills `states` if given."""
+        if context.prefix_lengths_B is not None and not self.layout.prefix_lm:
+            raise ValueError("prefix lengths were given to a layout without prefix_lm")
         x_BTD = self.embedding(tokens_BT)
         if self.layout.embedding_multiplier != 1.0:
             x_BTD = x_BTD * self.layout.embedding_multiplier

@@ -102,6 +102,8 @@ class Space:
             name: _source(getattr(config, name), int, None, f"space.{name}")
             for name in ("d_model", "num_layers")
         }
+        for name, source in self._dims.items():
+            _refuse_below_one(f"space.{name}", source)
         offered = [name for name in (*config.mixers, *config.mlps) if name != NONE]
         self._layers = {
             name: self._sources(builder.layers, name, config.layers, "layers", searched=False)
@@ -306,7 +308,7 @@ class Space:
 
 def _source(value: Any, expected: Any, declared: Domain | None, where: str) -> Source:
     """What a TOML value says of a field: a fixed value, a choice, a range, or the declared one."""
-    if value == SEARCH and expected is not str:
+    if value == SEARCH and (declared is not None or expected is not str):
         if declared is None:
             raise FieldError(
                 where,
@@ -314,19 +316,7 @@ def _source(value: Any, expected: Any, declared: Domain | None, where: str) -> S
             )
         return declared
     if isinstance(value, Mapping):
-        if (
-            not value.keys() <= {"low", "high", "step", "log"}
-            or not {"low", "high"} <= value.keys()
-        ):
-            raise FieldError(
-                where, f"a range has low, high and perhaps step or log, got {dict(value)}"
-            )
-        try:
-            for end in ("low", "high"):
-                configs.coerce(value[end], expected, end)
-            return Range(**value)
-        except FieldError as error:
-            raise error.within(where) from None
+        return _range(value, expected, where)
     if isinstance(value, list | tuple):
         try:
             # A field that holds a tuple takes a list as its value, not as choices.
@@ -334,6 +324,25 @@ def _source(value: Any, expected: Any, declared: Domain | None, where: str) -> S
         except FieldError:
             return Choice(*(configs.coerce(item, expected, where) for item in value))
     return (configs.coerce(value, expected, where),)
+
+
+def _range(table: Mapping[str, Any], expected: Any, where: str) -> Range:
+    if not {"low", "high"} <= table.keys() <= {"low", "high", "step", "log"}:
+        raise FieldError(where, f"a range has low, high and perhaps step or log, got {dict(table)}")
+    types = {"low": expected, "high": expected, "step": expected, "log": bool}
+    try:
+        return Range(
+            **{end: configs.coerce(value, types[end], end) for end, value in table.items()}
+        )
+    except FieldError as error:
+        raise error.within(where) from None
+
+
+def _refuse_below_one(where: str, source: Source) -> None:
+    values: Any = source.values if isinstance(source, Choice) else source
+    lowest = source.low if isinstance(source, Range) else min(values)
+    if lowest < 1:
+        raise FieldError(where, f"must be at least 1, got {lowest}")
 
 
 def _choose(trial: Suggester, name: str, choices: tuple[str, ...]) -> str:

@@ -24,6 +24,7 @@ DEFAULT_SAMPLER = "optuna.samplers.TPESampler"
 DEFAULT_ARGUMENTS = {"multivariate": True, "group": True}
 RETRY_OF = "retry_of"
 ATTEMPT = "attempt"
+SUGGESTION = "suggestion"
 STALE = 10
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -101,7 +102,7 @@ def make_sampler(table: Mapping[str, Any], seed: int) -> BaseSampler:
     module, _, attribute = str(name).rpartition(".")
     try:
         sampler_class = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise FieldError(
             "sampler.class",
             f"{name!r} cannot be imported ({error}): give a full name such as {DEFAULT_SAMPLER}",
@@ -124,10 +125,10 @@ def derived_seed(seed: int, count: int) -> int:
 
 
 def ask(study: optuna.Study, table: Mapping[str, Any], seed: int, stale: int = 0) -> optuna.Trial:
-    """The next trial, suggested by a sampler that is seeded by its number alone.
+    """The next trial, suggested by a sampler that is seeded by the suggestion's number alone.
 
-    A study that is stopped and resumed therefore suggests what it would have without the stop:
-    runs again after a fault are not counted.
+    A study that is stopped and resumed therefore suggests what it would have without the stop: a
+    run again after a fault has the number of the suggestion that it repeats.
 
     Args:
         stale: suggestions in a row that held nothing new. A model-based sampler can repeat its
@@ -136,33 +137,46 @@ def ask(study: optuna.Study, table: Mapping[str, Any], seed: int, stale: int = 0
     if stale >= STALE:
         table = {"class": "optuna.samplers.RandomSampler"}
     trials = study.get_trials(deepcopy=False)
-    count = sum(RETRY_OF not in trial.user_attrs for trial in trials)
-    study.sampler = make_sampler(table, derived_seed(seed, count))
-    return study.ask()
+    waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+    if waiting is not None:
+        number = int(waiting.user_attrs[SUGGESTION])
+    else:
+        number = sum(RETRY_OF not in trial.user_attrs for trial in trials)
+    study.sampler = make_sampler(table, derived_seed(seed, number))
+    asked = study.ask()
+    if waiting is None:
+        asked.set_user_attr(SUGGESTION, number)
+    return asked
 
 
 def tell(
     study: optuna.Study,
-    trial: optuna.Trial,
+    trial: FrozenTrial,
     state: TrialState,
     values: list[float] | None,
     constraints: Mapping[str, float],
 ) -> None:
     """Report a trial's end, its constraints first."""
+    # The only way to set a constraint on a trial that an earlier process asked for.
+    handle = optuna.Trial(study, trial._trial_id)
     for name, violation in constraints.items():
-        trial.set_constraint(name, violation)
+        if name not in trial.constraints:
+            handle.set_constraint(name, violation)
     study.tell(trial.number, values, state)
 
 
-def enqueue_retry(study: optuna.Study, failed: FrozenTrial, retries: int) -> bool:
-    """Queue a faulted trial's parameters again, once; False when its retries are used up."""
-    attempt = int(failed.user_attrs.get(ATTEMPT, 0)) + 1
-    if attempt > retries:
-        return False
+def enqueue_retry(
+    study: optuna.Study, failed: FrozenTrial, params: Mapping[str, Any], attempt: int
+) -> None:
+    """Queue a trial's parameters again, once; `attempt` counts the faults of its own making."""
     trials = study.get_trials(deepcopy=False)
-    if not any(trial.user_attrs.get(RETRY_OF) == failed.number for trial in trials):
-        study.enqueue_trial(failed.params, user_attrs={RETRY_OF: failed.number, ATTEMPT: attempt})
-    return True
+    if any(trial.user_attrs.get(RETRY_OF) == failed.number for trial in trials):
+        return
+    suggestion = failed.user_attrs.get(
+        SUGGESTION, sum(RETRY_OF not in trial.user_attrs for trial in trials[: failed.number])
+    )
+    attrs = {RETRY_OF: failed.number, ATTEMPT: attempt, SUGGESTION: suggestion}
+    study.enqueue_trial(dict(params), user_attrs=attrs)
 
 
 def unfinished(study: optuna.Study) -> list[FrozenTrial]:

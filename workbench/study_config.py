@@ -144,6 +144,7 @@ class StudyConfig:
             FieldError, UnknownNameError: names the table and the field.
         """
         values = dict(data)
+        _refuse_non_finite(values, "")
         for name, kind in (
             ("space", SpaceConfig),
             ("budget", BudgetConfig),
@@ -192,6 +193,18 @@ class StudyConfig:
             raise WorkbenchError(f"{path}: {error}") from None
         folders = tuple(str((path.parent / folder).resolve()) for folder in study.plugin_dirs)
         return dataclasses.replace(study, plugin_dirs=folders)
+
+
+def _refuse_non_finite(data: Any, where: str) -> None:
+    """TOML knows nan and inf; no field of a study means anything by them."""
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            _refuse_non_finite(value, f"{where}.{name}" if where else str(name))
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            _refuse_non_finite(value, f"{where}[{index}]")
+    elif isinstance(data, float) and not math.isfinite(data):
+        raise FieldError(where, f"{data} is no finite number")
 
 
 def _table(kind: Any, data: Any, where: str) -> Any:

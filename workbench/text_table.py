@@ -6,9 +6,12 @@ import dataclasses
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Literal
 
 GAP = "  "
-LEAST_WRAPPED = 20  # characters below which wrapped text is no longer read
+LEAST_TEXT = 20  # characters below which text is no longer read
+ENOUGH = 40  # characters that text gets before headings get theirs
+BREAK = "\v"  # where textwrap may break a line besides spaces: it takes this for one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,14 +22,15 @@ class Column:
         heading: may be broken after `_`, `/` and spaces.
         cells: a text a row.
         right: flush right, as figures are.
-        wrap: its cells may be broken over several lines.
+        fit: what becomes of cells for which there is no room: they stay `"whole"`, `"wrap"` over
+            several lines, or are `"cut"` to one.
         rank: where there is no room, the column of the highest rank is left out first; 0 stays.
     """
 
     heading: str
     cells: Sequence[str]
     right: bool = False
-    wrap: bool = False
+    fit: Literal["whole", "wrap", "cut"] = "whole"
     rank: int = 0
 
 
@@ -95,10 +99,16 @@ def _widths(columns: Sequence[Column], width: int | None) -> list[int] | None:
     spare -= sum(widths)
     if spare < 0:
         return None
-    # Text that wraps gets room first, then headings.
-    for index in sorted(range(len(columns)), key=lambda index: not columns[index].wrap):
-        extra = min(spare, wanted[index] - widths[index])
-        if columns[index].wrap or widths[index] + extra == wanted[index]:
+    # Text gets room first, then headings, then text gets what is left.
+    texts = [index for index, column in enumerate(columns) if column.fit != "whole"]
+    headings = [index for index, column in enumerate(columns) if column.fit == "whole"]
+    for index, limit in [
+        *((index, ENOUGH) for index in texts),
+        *((index, wanted[index]) for index in headings),
+        *((index, wanted[index]) for index in texts),
+    ]:
+        extra = max(0, min(spare, min(wanted[index], limit) - widths[index]))
+        if columns[index].fit != "whole" or widths[index] + extra == wanted[index]:
             widths[index] += extra
             spare -= extra
     return widths
@@ -113,7 +123,7 @@ def _narrow(column: Column) -> int:
         default=len(column.heading),
     )
     cells = _longest(column.cells)
-    return max(heading, min(cells, LEAST_WRAPPED) if column.wrap else cells)
+    return max(heading, cells if column.fit == "whole" else min(cells, LEAST_TEXT))
 
 
 def _longest(cells: Sequence[str]) -> int:
@@ -135,7 +145,13 @@ def _break(heading: str, width: int) -> list[str]:
 
 def _wrap(column: Column, row: int, width: int) -> list[str]:
     cell = column.cells[row]
-    return textwrap.wrap(cell, width, break_on_hyphens=False) if column.wrap else [cell]
+    if column.fit == "whole" or len(cell) <= width:
+        return [cell]
+    if column.fit == "cut":
+        return [cell[: width - 1].rstrip() + "…"]
+    breakable = cell.replace("/", f"/{BREAK}")
+    lines = textwrap.wrap(breakable, width, break_on_hyphens=False, replace_whitespace=False)
+    return [line.replace(BREAK, "") for line in lines]
 
 
 def _lines(cells: list[list[str]], columns: Sequence[Column], widths: Sequence[int]) -> list[str]:

@@ -220,6 +220,7 @@ class _Run:
             "layout": self.model.layout.hash,
             "training": dataclasses.asdict(self.config),
             "seed": self.data.seed,
+            "data": self.data.describe(),
         }
 
     def save(self, path: Path) -> None:

@@ -11,6 +11,7 @@ import errno
 import gc
 import json
 import math
+import os
 import re
 import time
 import traceback
@@ -61,6 +62,27 @@ class Workplace:
         self.training = make_training(config)
         self.metrics = make_metrics(config, builder)
         self.data = make_data(config, builder, cache_dir)
+        self.threads = config.runtime.threads or os.cpu_count() or 1
+
+    def probe(self) -> None:
+        """Draw a batch of each part, so that what can never be judged is refused at once.
+
+        Raises:
+            WorkbenchError: the data is too short for the batches, or a metric cannot be had on it.
+        """
+        shape = (self.training.batch_size, self.training.seq_len)
+        try:
+            self.data.train_batch(0, *shape)
+            batch = next(iter(self.data.validation_batches(*shape)), None)
+        except WorkbenchError as error:
+            raise error.within("data") from None
+        if batch is None:
+            raise FieldError("training.seq_len", f"no validation batch has {shape[1]} tokens")
+        for name, metric in self.metrics.items():
+            try:
+                metric.check(batch)
+            except WorkbenchError as error:
+                raise error.within(name) from None
 
     def subject(self, layout: Layout, model: HybridLM | None = None) -> Subject:
         """What the metrics of one stage look at."""
@@ -109,7 +131,7 @@ class Verdict:
     Attributes:
         outcome: a key of `records.OUTCOMES`.
         reason: why, for people.
-        metrics, extras: figures by name.
+        metrics, extras: figures by name; an extra that is not finite is None.
         constraints: violation by metric name; above 0 is violated.
         stage_seconds: wall seconds by stage.
         details: further facts (quantizer reports, environment).
@@ -118,7 +140,7 @@ class Verdict:
     outcome: str = "complete"
     reason: str = ""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    extras: dict[str, float] = dataclasses.field(default_factory=dict)
+    extras: dict[str, float | None] = dataclasses.field(default_factory=dict)
     constraints: dict[str, float] = dataclasses.field(default_factory=dict)
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -133,10 +155,10 @@ class Verdict:
             getattr(self, name).update(getattr(other, name))
 
 
-def judge_static(place: Workplace, layout: Layout) -> Verdict:
+def judge_static(place: Workplace, layout: Layout, folder: Path) -> Verdict:
     """The static stage: figures that the layout alone yields, and its constraints."""
     verdict = Verdict()
-    with _Recorded(verdict), _Timed(verdict, "static"):
+    with _Recorded(verdict, folder), _Timed(verdict, "static"):
         _measure(place, "static", place.subject(layout), verdict)
     return verdict
 
@@ -146,12 +168,16 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
 
     Args:
         layout: resolved.
-        folder: the trial's; a `checkpoint.safetensors` in it is continued from.
+        folder: the trial's; a `checkpoint.safetensors` in it is continued from, and left there
+            until the trial's end is recorded.
         emit: called with progress, as JSON data.
     """
     verdict = Verdict()
     verdict.details["environment"] = environment(place.device)
-    with _Recorded(verdict):
+    verdict.details["backend"] = {
+        block.layer: place.builder.layers[block.layer].backend for block in layout.blocks
+    }
+    with _Recorded(verdict, folder):
         _judge_measured(place, layout, verdict)
         model = _train(place, layout, folder, verdict, emit)
         trained = place.subject(layout, model)
@@ -199,7 +225,6 @@ def _train(
         with replacing(curve) as temporary:
             temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
         save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
-        checkpoint.unlink(missing_ok=True)
     return model
 
 
@@ -223,7 +248,9 @@ def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict)
         if not math.isfinite(value):
             raise DivergedError(f"{name} is {value}")
         verdict.metrics[name] = value
-        verdict.extras.update({f"{name}.{key}": extra for key, extra in subject.extras.items()})
+        for key, extra in subject.extras.items():
+            finite = float(extra) if math.isfinite(float(extra)) else None
+            verdict.extras[f"{name}.{key}"] = finite
         if name in place.config.constraints:
             bounds = place.config.constraints[name]
             verdict.constraints[name] = bounds.violation(value)
@@ -250,19 +277,31 @@ class _Timed:
 class _Recorded:
     """Turns whatever a block raises, but for an interrupt, into the verdict's outcome."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        self.verdict = verdict
+    def __init__(self, verdict: Verdict, folder: Path) -> None:
+        self.verdict, self.folder = verdict, folder
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is None or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
             return False
-        self.verdict.outcome, self.verdict.reason = classify(error)
-        if self.verdict.outcome == "error" and not isinstance(error, WorkbenchError):
-            traceback.print_exception(error)  # the worker's standard error is the trial's log
+        found = verdict_of(error, self.folder)
+        self.verdict.outcome, self.verdict.reason = found.outcome, found.reason
         return True
+
+
+def verdict_of(error: Exception, folder: Path) -> Verdict:
+    """The verdict that an exception stands for; an unexpected one leaves its traceback behind.
+
+    Args:
+        folder: of the trial; the traceback is added to its `log.txt`.
+    """
+    outcome, reason = classify(error)
+    if outcome == "error" and not isinstance(error, WorkbenchError):
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            traceback.print_exception(error, file=log)
+    return Verdict(outcome=outcome, reason=reason)
 
 
 def classify(error: Exception) -> tuple[str, str]:

@@ -6,6 +6,8 @@ stored, which are those as trained wherever no quantizer is chosen.
 
 from __future__ import annotations
 
+from workbench.data import Batch
+from workbench.errors import WorkbenchError
 from workbench.metric import Metric, Subject
 
 
@@ -19,6 +21,9 @@ class BitsPerByte(Metric):
     stage = "quantized"
     label = "Bits per byte"
 
+    def check(self, batch: Batch) -> None:
+        _require_text(batch)
+
     def measure(self, subject: Subject) -> float:
         return _bits_per_byte(subject)
 
@@ -29,6 +34,9 @@ class BitsPerByteUnquantized(Metric):
     unit = "bits/byte"
     stage = "trained"
     label = "Bits per byte, weights as trained"
+
+    def check(self, batch: Batch) -> None:
+        _require_text(batch)
 
     def measure(self, subject: Subject) -> float:
         return _bits_per_byte(subject)
@@ -55,6 +63,13 @@ class Accuracy(Metric):
 
     def measure(self, subject: Subject) -> float:
         return subject.evaluation.accuracy
+
+
+def _require_text(batch: Batch) -> None:
+    if batch.num_bytes is None:
+        raise WorkbenchError(
+            "bits per byte need text, and these tokens stand for none: use accuracy or perplexity"
+        )
 
 
 def _bits_per_byte(subject: Subject) -> float:

@@ -21,6 +21,7 @@ from workbench.layer import Layer
 from workbench.quantizer import QuantizationReport, Quantizer
 from workbench_quantizers.packing import pack, unpack
 from workbench_quantizers.stored import StoredLinear, store_linears
+from workbench_quantizers.ternary import PackedBitLinear, is_ternary
 
 
 def fit_group_size(in_features: int, group_size: int) -> int:
@@ -99,7 +100,9 @@ class GroupwiseConfig:
 class Groupwise(Quantizer):
     """Weight-only, symmetric, group-wise integers; activations stay as they are.
 
-    Only plain `nn.Linear` modules are replaced: a subclass computes something of its own.
+    A linear that was trained with ternary weights (BitLinear) is packed as b1.58: fewer bytes, and
+    nothing lost. Of the others only plain `nn.Linear` modules are replaced: a subclass computes
+    something of its own.
     """
 
     Config: ClassVar[type] = GroupwiseConfig
@@ -108,11 +111,13 @@ class Groupwise(Quantizer):
     @classmethod
     def quantize(cls, layer: Layer, config: Any) -> QuantizationReport:
         def convert(linear: nn.Linear) -> StoredLinear | str:
+            if is_ternary(linear):
+                return PackedBitLinear(linear)
             if type(linear) is not nn.Linear:
                 return f"computes in its own way ({type(linear).__name__})"
             return GroupwiseLinear(linear, cls.bits, config.group_size)
 
-        return store_linears(layer, f"int{cls.bits}", convert)
+        return store_linears(layer, (f"int{cls.bits}", "b1_58"), convert)
 
 
 class Int8(Groupwise):

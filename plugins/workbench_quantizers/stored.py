@@ -64,8 +64,10 @@ Convert = Callable[[nn.Linear], StoredLinear | str]
 
 
 @torch.no_grad()
-def store_linears(layer: Layer, format: str, convert: Convert) -> QuantizationReport:
+def store_linears(layer: Layer, formats: tuple[str, ...], convert: Convert) -> QuantizationReport:
     """Replace the linears of `layer` in place, and account for every parameter it has.
+
+    `formats` are those that `convert` makes; what another quantizer stored stays as it is.
 
     Linears that `layer.keep_precision` names, or that lie inside what it names, are left alone;
     so are those that would not become smaller, and everything that is no linear.
@@ -76,7 +78,7 @@ def store_linears(layer: Layer, format: str, convert: Convert) -> QuantizationRe
         outcome = _stored(module, name, layer.keep_precision, convert)
         if isinstance(outcome, str):
             kept.update(dict.fromkeys(_names(module, name), outcome))
-        elif outcome.format != format:
+        elif outcome.format not in formats:
             kept[name] = f"is stored as {outcome.format} already"
         else:
             layer.set_submodule(name, outcome)

@@ -35,6 +35,11 @@ class Ternary(Protocol):
         """int8 of the weight's shape in {-1, 0, 1}, and a float32 scalar that multiplies it."""
 
 
+def is_ternary(linear: nn.Linear) -> bool:
+    """Whether a linear was trained with ternary weights and can say them."""
+    return isinstance(linear, Ternary) and linear.weight_bits == 1.58
+
+
 class PackedBitLinear(StoredLinear):
     """A BitLinear that holds its ternaries only; inputs are quantized a token, as in training.
 
@@ -82,8 +87,8 @@ class B158(Quantizer):
     @classmethod
     def quantize(cls, layer: Layer, config: object) -> QuantizationReport:
         def convert(linear: nn.Linear) -> StoredLinear | str:
-            if isinstance(linear, Ternary) and linear.weight_bits == 1.58:
+            if is_ternary(linear):
                 return PackedBitLinear(linear)
             return "not trained with ternary weights: b1_58 packs BitLinears only"
 
-        return store_linears(layer, "b1_58", convert)
+        return store_linears(layer, ("b1_58",), convert)

@@ -108,15 +108,44 @@ def test_mistakes_are_refused_before_any_trial(builder, study_data, changes, err
         assert word in str(caught.value)
 
 
-def test_an_impossible_combination_names_its_field(builder, study_data):
-    space = make_space(builder, study_data, d_model=0)
-    with pytest.raises(FieldError, match="d_model"):
-        space.suggest(optuna.trial.FixedTrial(draw_params(space)))
-
-
-def draw_params(space):
+def test_an_impossible_combination_names_its_field(study_data):
+    builder = default_builder()
+    space = make_space(
+        builder,
+        study_data,
+        d_model=48,
+        mixers=["attention"],
+        placements=["uniform"],
+        layers={"attention": {"num_heads": 6, "num_kv_heads": 4}},
+    )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    trial = study.ask()
-    with pytest.raises(FieldError):
-        space.suggest(trial)
-    return trial.params
+    with pytest.raises(FieldError, match="num_kv_heads"):
+        space.suggest(study.ask())
+
+
+@pytest.mark.parametrize("field", ["d_model", "num_layers"])
+@pytest.mark.parametrize("value", [0, [0, 8], {"low": 0, "high": 8}])
+def test_dimensions_below_one_are_refused(builder, study_data, field, value):
+    with pytest.raises(FieldError, match=f"space.{field}.*at least 1"):
+        make_space(builder, study_data, **{field: value})
+
+
+def test_a_range_of_a_float_field_is_not_searched_in_integers(builder, study_data):
+    layers = {"toy": {"gain": {"low": 1, "high": 2}}}
+    gains = [
+        p["toy.gain"]
+        for _, p in draw(make_space(builder, study_data, layers=layers))
+        if "toy.gain" in p
+    ]
+    assert any(gain != int(gain) for gain in gains)
+
+
+@pytest.mark.parametrize("bad", [{"step": "2"}, {"log": "no"}, {"step": 0.5}])
+def test_malformed_ranges_are_refused(builder, study_data, bad):
+    with pytest.raises(FieldError, match=r"space\.num_layers"):
+        make_space(builder, study_data, num_layers={"low": 1, "high": 4, **bad})
+
+
+def test_search_takes_the_declared_mixers(builder, study_data):
+    space = make_space(builder, study_data, placement={"alternate": {"first": "search"}})
+    assert {p.get("alternate.first") for _, p in draw(space)} == {"toy", "other"}

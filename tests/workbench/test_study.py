@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -42,10 +41,8 @@ def assert_all_accounted_for(study: Study) -> None:
         if frozen.state.name == "WAITING":
             continue
         record = trials.pop(frozen.number)
-        if record.outcome == "duplicate":
-            assert frozen.state.name in ("COMPLETE", "FAIL")
-        else:
-            assert frozen.state.name == states[record.outcome]
+        outcome = record.data.get("duplicate_outcome") or record.outcome
+        assert frozen.state.name == states[outcome]
         assert record.params == frozen.params
         if frozen.state.name == "COMPLETE":
             names = [objective.name for objective in study.objectives]
@@ -196,6 +193,69 @@ def test_a_bad_layer_is_a_recorded_outcome(study_data, runs, layer, outcome, wor
         again = [t for t in bad if t.data["retry_of"] is not None]
         assert again
         assert all(study.trial(t.data["retry_of"]).params == t.params for t in again)
+        assert all(t.data["given_up"] == (t.data["retry_of"] is not None) for t in bad)
+    judged = [t for t in study.trials() if t.outcome not in ("duplicate", "infeasible")]
+    assert sum(t.data.get("given_up", True) for t in judged) == 5  # the budget, whole
+    if outcome in ("crashed", "timeout"):
+        assert all(t.environment["versions"]["torch"] for t in bad)
+    assert not list(study.path.rglob("checkpoint.safetensors"))
+
+
+def test_interrupts_never_use_up_a_trial(study_data, runs, monkeypatch):
+    """However often the user stops a trial, it is queued again."""
+    from workbench.executors import InlineExecutor
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineExecutor, "judge", stop)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                run(study_data, runs, **{"budget.retries": 0, "budget.trials": 1})
+    study = run(study_data, runs, **{"budget.retries": 0, "budget.trials": 1})
+    assert [t.outcome for t in study.trials()] == ["interrupted"] * 4 + ["complete"]
+    assert len({json.dumps(t.params) for t in study.trials()}) == 1
+    assert_all_accounted_for(study)
+
+
+def test_a_constraint_on_a_trained_metric_counts_what_it_cost(study_data, runs):
+    changes = {"constraints": {"toy_loss": {"max": 0.001}}, "budget.trials": 3}
+    study = run(study_data, runs, **changes)
+    trained = [t for t in study.trials() if "training" in t.data["stage_seconds"]]
+    assert len(trained) == len({t.data["layout_hash"] for t in trained}) == 3
+    assert {t.outcome for t in trained} == {"infeasible"}
+    assert_all_accounted_for(study)
+
+
+def test_a_lost_storage_is_refused(study_data, runs):
+    study = run(study_data, runs, **{"budget.trials": 2})
+    (study.path / "optuna.db").unlink()
+    with pytest.raises(WorkbenchError, match="storage was lost"):
+        run(study_data, runs)
+    assert len(load_study("toys", runs).trials()) == len(study.trials())
+
+
+def test_an_edited_plugin_file_is_another_study(study_data, runs, tmp_path):
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    source = (TOYS / "toys.py").read_text()
+    (folder / "toys.py").write_text(source)
+    study_data["plugin_dirs"] = [str(folder)]
+    run(study_data, runs, **{"budget.trials": 1})
+    (folder / "toys.py").write_text(source.replace("torch.relu", "torch.tanh"))
+    from workbench.builder import default_builder
+
+    default_builder.cache_clear()
+    with pytest.raises(WorkbenchError, match=r"plugins\.toys"):
+        run(study_data, runs)
+
+
+def test_modules_in_the_users_folder_do_not_shadow_ours(study_data, runs, tmp_path, monkeypatch):
+    (tmp_path / "safetensors.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    study = run(study_data, runs, **{"runtime.executor": "process", "budget.trials": 1})
+    assert study.trial(0).outcome == "complete"
 
 
 def test_a_metric_that_refuses_is_a_recorded_outcome(study_data, runs):
@@ -245,6 +305,8 @@ def test_a_changed_study_is_refused_and_loses_nothing(study_data, runs, change, 
         ({"data.vocab": 3}, "Did you mean 'vocab_size'"),
         ({"metrics": {"toy_loss": {"k": 1}}}, "field of metrics.toy_loss 'k'"),
         ({"training.tokens": 3}, "training.tokens"),
+        ({"training.lr": float("nan")}, "training.lr: nan is no finite number"),
+        ({"sampler": {"class": ".x.y"}}, "cannot be imported"),
         ({"training.optimizer": "sgd"}, "training.optimizer"),
         ({"sampler": {"class": "optuna.samplers.TPE"}}, "cannot be imported"),
         ({"sampler": {"class": "json.JSONDecoder"}}, "no optuna sampler"),
@@ -307,25 +369,24 @@ def stop(process: subprocess.Popen[str], number: int) -> None:
     process.communicate(timeout=60)
 
 
-def workers() -> set[int]:
+def workers_of(parent: int) -> set[int]:
     listing = subprocess.run(
-        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+        ["ps", "-o", "pid,args", "--ppid", str(parent)], capture_output=True, text=True, check=True
     ).stdout
-    return {
-        int(m[1]) for m in re.finditer(r"^ *(\d+) .*workbench\.executors\.worker", listing, re.M)
-    }
+    return {int(line.split()[0]) for line in listing.splitlines() if "executors.worker" in line}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_study_resumes_its_trial_from_the_checkpoint(study_data, tmp_path, number):
     whole = run(slow(study_data), tmp_path / "whole")
-    before = workers()
     process = start_slow(study_data, tmp_path / "runs")
+    children = workers_of(process.pid)
+    assert len(children) == 1
     stop(process, number)
     deadline = time.monotonic() + 10
-    while workers() - before and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert workers() <= before, "an orphan worker"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children), "an orphan worker"
     interrupted = load_study("toys", tmp_path / "runs")
     assert interrupted.trial(0).outcome in ("interrupted", "running")
     resumed = run(study_data, tmp_path / "runs")
@@ -351,19 +412,32 @@ def test_a_second_process_on_one_study_is_refused(study_data, runs):
         stop(process, signal.SIGKILL)
 
 
-def test_a_trial_recorded_but_not_told_is_told_on_resume(study_data, runs, monkeypatch):
+def test_a_trial_recorded_but_not_told_is_told_on_resume(study_data, runs, tmp_path, monkeypatch):
     """The process dies between writing the record and telling the storage."""
     from workbench import storage
 
-    def die(*arguments):
-        raise SystemExit
+    constraint = {"constraints": {"toy_weights": {"max": 1000}}, "budget.trials": 4}
+    whole = run(study_data, tmp_path / "whole", **constraint)
+    real = storage.tell
 
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "tell", die)
-        with pytest.raises(SystemExit):
-            run(study_data, runs)
-    study = run(study_data, runs)
-    assert study.trial(0).outcome == "complete"
+    def die_at(number):
+        def tell(study, trial, *arguments):
+            if trial.number == number:
+                raise SystemExit
+            real(study, trial, *arguments)
+
+        return tell
+
+    for number in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "tell", die_at(number))
+            with pytest.raises(SystemExit):
+                run(study_data, runs, **constraint)
+    study = run(study_data, runs, **constraint)
+    assert [t.params for t in study.trials()] == [t.params for t in whole.trials()]
+    assert [t.outcome for t in study.trials()] == [t.outcome for t in whole.trials()]
+    told = [(t.state, t.values, t.constraints) for t in storage_trials(study)]
+    assert told == [(t.state, t.values, t.constraints) for t in storage_trials(whole)]
     assert_all_accounted_for(study)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 from workbench.cli import interrupts
 
 
 def main() -> None:
     """The console script. Ctrl-C ends it quietly even while Python still imports the rest."""
     interrupts.leave_at_once()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without – and ─ gets question marks
     from workbench.cli.app import run_app
 
     raise SystemExit(run_app())

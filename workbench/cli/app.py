@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from workbench.cli import (
     dashboard,
@@ -30,11 +31,42 @@ EPILOG = """\b
 Start with:
   workbench run studies/quickstart.toml
 
-\b
-Exit status: 0 done, 1 a fault of the workbench, 2 a mistake in what was given, 130 Ctrl-C."""
+Exit status: 0 done, 1 a fault of the workbench, 2 a mistake in what was given,
+130 stopped by Ctrl-C."""
 
 
-class Commands(TyperGroup):
+class _ConvertsTheGiven:
+    """Converts only values that were given.
+
+    typer converts absent ones too, with pydantic, whose import would be half of the time that
+    `workbench show` takes.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            optional = not (parameter.required or parameter.multiple)
+            if optional and "process_value" not in vars(parameter):
+                parameter.process_value = _given_only(parameter)
+        return parameters
+
+
+def _given_only(parameter: Any) -> Callable[[Any, Any], Any]:
+    convert = parameter.process_value
+
+    def process(ctx: Any, value: Any) -> Any:
+        if value is not None:
+            return convert(ctx, value)
+        return parameter.callback and parameter.callback(ctx, parameter, None)
+
+    return process
+
+
+class Command(_ConvertsTheGiven, TyperCommand):
+    """One subcommand."""
+
+
+class Commands(_ConvertsTheGiven, TyperGroup):
     """Commands by name; an unknown one gets the nearest and the list."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -55,7 +87,9 @@ app = typer.Typer(
 )
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
-    app.command(name, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(getattr(module, name))
+    app.command(name, cls=Command, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(
+        getattr(module, name)
+    )
 
 
 def _version(value: bool) -> None:
@@ -86,14 +120,14 @@ def run_app(arguments: list[str] | None = None) -> int:
     except SystemExit as end:  # how typer always ends
         return _flushed(end.code if isinstance(end.code, int) else 0)
     except WorkbenchError as error:
-        return _failed(f"error: {error}", USER_ERROR)
+        return _failed(f"Error: {error}", USER_ERROR)
     except BrokenPipeError:
         return _nobody_reads()
     except Exception as error:
         if os.environ.get("WORKBENCH_DEBUG"):
             raise
         return _failed(
-            f"unexpected {type(error).__name__}: {error}\n"
+            f"Unexpected {type(error).__name__}: {error}\n"
             "This is a fault of the workbench or of a plugin. WORKBENCH_DEBUG=1 shows where.",
             FAULT,
         )

@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,10 +34,19 @@ PluginDirs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
-Source = Annotated[
-    str, typer.Argument(metavar="LAYOUT", help="JSON file, STUDY:TRIAL or preset.")
-]
+Source = Annotated[str, typer.Argument(metavar="LAYOUT", help="JSON file, STUDY:TRIAL or preset.")]
 TrialName = Annotated[str, typer.Argument(metavar="STUDY:TRIAL", help="Such as quickstart:7.")]
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """Inside, an error in a field names the option that set it."""
+    from workbench.errors import FieldError
+
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(f"--{error.field.replace('_', '-')}", error.message) from None
 
 
 def builder(plugin_dirs: Iterable[Path] | None) -> Builder:
@@ -82,15 +92,16 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[Column], more: str = "--json") -> None:
-    """Print a table between blank lines, and what it had no room for.
+    """Print a table, what it had no room for, and a blank line.
 
     Args:
         more: where the columns that were left out are to be had.
     """
     made = table(columns, line_width())
-    print(f"\n{made}\n")
+    print(made)
     if made.left_out:
         say(f"No room for {', '.join(made.left_out)}: widen the terminal, or see {more}.")
+    print()
 
 
 def count(number: int, noun: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,12 +21,16 @@ def dashboard(
     study: Annotated[
         str | None, typer.Argument(metavar="STUDY", help="Study to open with.")
     ] = None,
-    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="To serve on.")] = 8501,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=1, max=65535, help="To serve on.")
+    ] = 8501,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to serve on.")] = "localhost",
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
     runs: Runs = None,
 ) -> None:
     """Browse studies in a browser, until Ctrl-C."""
+    import subprocess
+
     from workbench.records import load_study, runs_folder
 
     environment = {**os.environ, "WORKBENCH_RUNS": str(runs_folder(runs).resolve())}
@@ -37,6 +40,7 @@ def dashboard(
     command = [sys.executable, "-m", "streamlit", "run", str(page)]
     command += [f"--server.port={port}", f"--server.address={host}"]
     command += [f"--server.headless={str(headless).lower()}", "--browser.gatherUsageStats=false"]
+    command += ["--client.toolbarMode=viewer", "--server.fileWatcherType=none"]
     with subprocess.Popen(command, env=environment) as server, interrupts.raised():
         try:
             status = server.wait()

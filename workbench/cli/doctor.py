@@ -45,6 +45,7 @@ def _print(report: dict[str, Any]) -> None:
         f"{figure(report['available_memory'], 'bytes')} of memory available, "
         f"Python {report['python']}"
     )
+    print()
     versions: dict[str, str | None] = report["versions"]
     print_table(
         [
@@ -62,7 +63,4 @@ def _print(report: dict[str, Any]) -> None:
         )
     say(f"Plugins: {', '.join(report['plugins'])}")
     for name, reason in report["failed_plugins"].items():
-        say(
-            f"Plugin {name!r} did not load: {reason}. "
-            "workbench plugins --traceback shows where."
-        )
+        say(f"Plugin {name!r} did not load: {reason}. workbench plugins --traceback shows where.")

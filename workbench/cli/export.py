@@ -7,24 +7,33 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.common import Json, PluginDirs, Runs, console, print_json
+from workbench.cli import interrupts
+from workbench.cli.common import Json, PluginDirs, Runs, TrialName, print_json, say
 
-EXAMPLE = "Example: workbench export quickstart:7 exported/quickstart-7"
+EXAMPLES = """\
+  workbench export quickstart:7 exported/quickstart-7"""
 
 
 def export(
-    trial: Annotated[str, typer.Argument(help="STUDY:TRIAL.")],
-    out: Annotated[Path, typer.Argument(help="New folder to write.")],
-    exporter: Annotated[str, typer.Option(help="Exporter.")] = "huggingface",
+    trial: TrialName,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
+    exporter: Annotated[
+        str, typer.Option(metavar="NAME", help="One of those that workbench plugins lists.")
+    ] = "huggingface",
     runs: Runs = None,
     plugin_dir: PluginDirs = None,
     json: Json = False,
 ) -> None:
-    """Export a trial's trained model and prove it: a fresh process must give the same logits."""
+    """Export a trial as a model folder, and prove it.
+
+    A fresh process must compute the same logits from the folder as the trained model does here.
+    """
     from workbench.export import export_trial
     from workbench.records import load_trial
 
-    report = export_trial(load_trial(trial, runs), out, exporter, tuple(plugin_dir or ()), runs)
+    record = load_trial(trial, runs)
+    with interrupts.explained("Nothing was exported."):
+        report = export_trial(record, out, exporter, tuple(plugin_dir or ()), runs)
     if json:
         print_json(
             {
@@ -34,15 +43,14 @@ def export(
             }
         )
         return
-    made = console()
-    made.print(
-        f"{report.path}: {len(report.files)} files; logits of a fresh process differ by at most "
-        f"{report.max_difference:.2g}."
+    say(
+        f"{report.path}: {len(report.files)} files; the logits of a fresh process differ by at "
+        f"most {report.max_difference:.2g}."
     )
     if exporter == "huggingface":
-        made.print("Load it with:", markup=False)
-        made.print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
-        made.print(
+        print("Load it with:")
+        print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
+        print(
             f'  model = AutoModelForCausalLM.from_pretrained("{report.path}", '
             "trust_remote_code=True)"
         )

@@ -7,56 +7,103 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli.common import Device, Json, PluginDirs, Runs, print_json
+from workbench.cli.common import (
+    Device,
+    Json,
+    PluginDirs,
+    Runs,
+    TrialName,
+    as_options,
+    print_json,
+)
 
-EXAMPLE = "Example: workbench generate quickstart:7 --prompt 'def main(' --max-new-tokens 200"
+EXAMPLES = """\
+  workbench generate quickstart:7 --prompt 'def main(' --max-new-tokens 200
+  workbench generate quickstart:7 --prompt 'import ' --temperature 0 --json"""
+
+# A model of bytes may emit any; on a terminal control characters are commands.
+CONTROLS = {
+    code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"
+}
 
 
 def generate(
-    trial: Annotated[str, typer.Argument(help="STUDY:TRIAL.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    trial: TrialName,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Only the K most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="The smallest set with this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
     device: Device = "auto",
     runs: Runs = None,
     plugin_dir: PluginDirs = None,
     json: Json = False,
 ) -> None:
-    """Continue a prompt with a trial's trained model."""
+    """Continue a prompt with a trial's trained model.
+
+    Prints the prompt and its continuation as it comes.
+    """
     import torch
 
     from workbench.environment import resolve_device
     from workbench.errors import FieldError
     from workbench.export import trial_builder
-    from workbench.generation import SamplingConfig, stream
+    from workbench.generation import SamplingConfig, TextStream, stream
     from workbench.records import load_trial, runs_folder
     from workbench.trial import load_trained, make_data
 
     if max_new_tokens < 1:
         raise FieldError("--max-new-tokens", f"must be at least 1, got {max_new_tokens}")
-    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_prompt(prompt)
+    with as_options():
+        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     record = load_trial(trial, runs)
     builder, config = trial_builder(record, tuple(plugin_dir or ()))
     model = load_trained(builder, record.layout, record.weights, resolve_device(device))
     data = make_data(config, builder, runs_folder(runs) / ".cache")
     ids = data.encode(prompt)
-    if not ids:
-        raise FieldError("--prompt", "is empty: give at least one character")
     prompt_BT = torch.tensor([ids], device=model.device)
-    made: list[int] = []
-    shown = ""
+    text = TextStream(data.decode, ids)
+    show = _Shown(silent=json)
+    show(prompt)
     for token_B in stream(model, prompt_BT, max_new_tokens, config=sampling, seed=seed):
-        made.append(int(token_B[0]))
-        if not json:
-            # Decode from the start: a character may take several tokens.
-            text = data.decode([*ids, *made]).rstrip("\ufffd")
-            sys.stdout.write(text.removeprefix(shown))
-            sys.stdout.flush()
-            shown = text
+        show(text.push(int(token_B[0])))
+    show(text.finish())
     if json:
-        print_json({"prompt": prompt, "text": data.decode(made), "tokens": made, "seed": seed})
+        made = {"text": show.text[len(prompt) :], "tokens": text.tokens}
+        print_json({"prompt": prompt, **made, "seed": seed})
     else:
         sys.stdout.write("\n")
+
+
+def _check_prompt(prompt: str) -> None:
+    from workbench.errors import FieldError
+
+    if not prompt:
+        raise FieldError("--prompt", "is empty: give at least one character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise FieldError("--prompt", "is not UTF-8") from None
+
+
+class _Shown:
+    """Writes pieces of text as they come, and keeps them."""
+
+    def __init__(self, silent: bool) -> None:
+        self.text = ""
+        self._silent = silent
+        self._controls = CONTROLS if sys.stdout.isatty() else {}
+
+    def __call__(self, piece: str) -> None:
+        self.text += piece
+        if not self._silent:
+            sys.stdout.write(piece.translate(self._controls))
+            sys.stdout.flush()

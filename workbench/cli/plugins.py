@@ -84,7 +84,7 @@ def _thing_columns(rows: list[dict[str, Any]]) -> list[Column]:
         Column(heading="kind", cells=kinds),
         Column(heading="name", cells=[row["name"] for row in rows]),
         Column(heading="plugin", cells=[row["plugin"] for row in rows]),
-        Column(heading="about", cells=[row["about"] for row in rows], wrap=True, rank=1),
+        Column(heading="about", cells=[row["about"] for row in rows], fit="cut", rank=1),
     ]
 
 
@@ -94,5 +94,5 @@ def _plugin_columns(found: Plugins) -> list[Column]:
         Column(heading="plugin", cells=[plugin.plugin for plugin in loaded]),
         Column(heading="package", cells=[plugin.package or "–" for plugin in loaded]),
         Column(heading="version", cells=[plugin.version for plugin in loaded]),
-        Column(heading="file", cells=[plugin.file for plugin in loaded], wrap=True),
+        Column(heading="file", cells=[plugin.file for plugin in loaded], fit="wrap"),
     ]

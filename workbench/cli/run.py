@@ -28,7 +28,8 @@ RESUME = "What was found is recorded; the same command goes on from there."
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study's file.")],
     trials: Annotated[
-        int | None, typer.Option(metavar="N", help="Judged trials to reach; the file's if left out.")
+        int | None,
+        typer.Option(metavar="N", help="Judged trials to reach; the file's if left out."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
@@ -67,8 +68,12 @@ def _refuse_missing(path: Path) -> None:
 
     if path.exists():
         return
-    there = [str(file) for folder in {path.parent, Path("studies")} for file in folder.glob("*.toml")]
-    near = get_close_matches(str(path), there, n=1) or [f for f in there if Path(f).stem == path.name]
+    there = [
+        str(file) for folder in {path.parent, Path("studies")} for file in folder.glob("*.toml")
+    ]
+    near = get_close_matches(str(path), there, n=1) or [
+        f for f in there if Path(f).stem == path.name
+    ]
     raise WorkbenchError(
         f"there is no study file {path}."
         + (f" Did you mean {near[0]}?" if near else "")
@@ -110,6 +115,7 @@ def _report(study: Study, config: StudyConfig, where: str) -> None:
         say(f"No trial is complete: workbench show {study.name} --all{where} says why.")
         return
     say(front_line(study, front))
+    print()
     print_table(front_columns(study, front), f"workbench show {study.name} --json{where}")
     say(f"Records: {study.path}/ (a folder a trial: layout, metrics, curve, weights)")
     best = front[0]

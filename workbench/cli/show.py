@@ -55,7 +55,7 @@ def _studies(runs: Runs, json: bool) -> None:
         print_json([study.summary() for study in studies])
     elif studies:
         print_table(study_columns(studies))
-        say("Next: workbench show STUDY")
+        say(f"Next: workbench show {studies[0].name}")
     else:
         say(f"No studies in {runs_folder(runs).resolve()}.")
         say("Start one: workbench run studies/quickstart.toml")
@@ -71,9 +71,11 @@ def _study(study: Study, every: bool, json: bool) -> None:
     if not trials:
         say("No trial is complete yet." if study.trials() else "It holds no trials yet.")
     elif every:
+        print()
         print_table(trial_columns(study, trials))
     else:
         say(front_line(study, trials))
+        print()
         print_table(front_columns(study, trials))
     if trials:
         say(f"Next: workbench show {trials[0].name}")
@@ -91,6 +93,7 @@ def _trial(trial: Trial, study: Study, json: bool) -> None:
         say(f"Reason: {trial.reason}")
     if trial.pattern:
         say(f"Pattern: {trial.pattern}")
+    print()
     if trial.metrics:
         print_table(_metric_columns(trial, study))
     if trial.params:
@@ -98,7 +101,7 @@ def _trial(trial: Trial, study: Study, json: bool) -> None:
         print_table(
             [
                 Column(heading="searched", cells=list(trial.params)),
-                Column(heading="value", cells=values, wrap=True),
+                Column(heading="value", cells=values, fit="wrap"),
             ]
         )
     stages = trial.data.get("stage_seconds", {})
@@ -115,9 +118,7 @@ def _metric_columns(trial: Trial, study: Study) -> list[Column]:
     names = [name for name in objectives if name in trial.metrics]
     names += [name for name in trial.metrics if name not in objectives]
     units = [study.units.get(name, "") for name in names]
-    figures = [
-        figure(trial.metrics[name], unit) for name, unit in zip(names, units, strict=True)
-    ]
+    figures = [figure(trial.metrics[name], unit) for name, unit in zip(names, units, strict=True)]
     goals = [objectives[name].direction if name in objectives else "" for name in names]
     return [
         Column(heading="metric", cells=names),

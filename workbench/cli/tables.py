@@ -38,7 +38,7 @@ def study_columns(studies: Sequence[Study]) -> list[Column]:
         Column(
             heading="objectives",
             cells=[", ".join(o.name for o in study.objectives) for study in studies],
-            wrap=True,
+            fit="wrap",
         ),
         Column(heading="trials", cells=[f"{s['trials']:,}" for s in summaries], right=True),
         Column(
@@ -46,7 +46,9 @@ def study_columns(studies: Sequence[Study]) -> list[Column]:
             cells=[f"{s['outcomes'].get('complete', 0):,}" for s in summaries],
             right=True,
         ),
-        Column(heading="description", cells=[s["description"] for s in summaries], wrap=True, rank=1),
+        Column(
+            heading="description", cells=[s["description"] for s in summaries], fit="wrap", rank=1
+        ),
         Column(heading="folder", cells=[str(study.path) for study in studies], rank=2),
     ]
 
@@ -57,26 +59,33 @@ def front_columns(study: Study, trials: Sequence[Trial]) -> list[Column]:
     others = [name for name in study.units if name not in objectives]
     return [
         _numbers(trials),
-        *_metrics(study, trials, objectives),
-        *_metrics(study, trials, others, rank=2),
+        *_metrics(study, trials, objectives, rank=0),
+        *_metrics(study, trials, others, rank=len(objectives) + 1),
         Column(
             heading="quantizer",
             cells=[str(trial.params.get("quantizer", "none")) for trial in trials],
-            rank=1,
+            rank=len(objectives),
         ),
-        _patterns(trials),
+        Column(
+            heading="pattern",
+            cells=[short_pattern(trial.pattern, PATTERN) for trial in trials],
+            fit="wrap",
+        ),
     ]
 
 
 def trial_columns(study: Study, trials: Sequence[Trial]) -> list[Column]:
     """A row a trial, whatever its outcome: objectives, pattern, and why it ended as it did."""
     objectives = [objective.name for objective in study.objectives]
+    texts = [
+        ": ".join(filter(None, [short_pattern(trial.pattern, PATTERN), trial.reason]))
+        for trial in trials
+    ]
     return [
         _numbers(trials),
         Column(heading="outcome", cells=[trial.outcome.replace("_", " ") for trial in trials]),
-        *_metrics(study, trials, objectives),
-        _patterns(trials),
-        Column(heading="reason", cells=[trial.reason for trial in trials], wrap=True, rank=1),
+        *_metrics(study, trials, objectives, rank=0),
+        Column(heading="pattern, reason", cells=texts, fit="wrap"),
     ]
 
 
@@ -84,22 +93,17 @@ def _numbers(trials: Sequence[Trial]) -> Column:
     return Column(heading="trial", cells=[str(trial.number) for trial in trials], right=True)
 
 
-def _patterns(trials: Sequence[Trial]) -> Column:
-    cells = [short_pattern(trial.pattern, PATTERN) for trial in trials]
-    return Column(heading="pattern", cells=cells, wrap=True)
-
-
 def _metrics(
-    study: Study, trials: Sequence[Trial], names: Sequence[str], rank: int = 0
+    study: Study, trials: Sequence[Trial], names: Sequence[str], *, rank: int
 ) -> Iterator[Column]:
-    """A column a metric; the ranks rise, so that the last one goes first."""
+    """A column a metric; the ranks rise from `rank`, so that the last one goes first."""
     for index, name in enumerate(names):
         unit = study.units.get(name, "")
         yield Column(
             heading=heading(name, unit),
             cells=[figure(trial.metrics.get(name), unit) for trial in trials],
             right=True,
-            rank=rank and rank + index,
+            rank=rank + index,
         )
 
 

@@ -14,7 +14,7 @@ STYLE = """<style>
 .stMainBlockContainer { padding-top: 4rem; padding-bottom: 3rem; }
 .stMainBlockContainer h1 { font-size: 2rem; padding: 0.25rem 0; }
 [data-testid="stMetricValue"] { font-size: 1.5rem; }
-[data-testid="stTable"] td { max-width: none; }
+[data-testid="stTable"] td * { max-width: none !important; }
 </style>"""
 
 

@@ -104,7 +104,7 @@ def _points(
         "symbol": "diamond" if on_front else "circle",
         "size": 14 if on_front else 9,
         "opacity": 1.0 if on_front else 0.6,
-        "line": {"width": 1.5 if on_front else 0, "color": INK},
+        "line": {"width": 1.5 if on_front else 1, "color": INK},
         "color": COLOUR,
     }
     hover = [

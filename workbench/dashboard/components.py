@@ -240,10 +240,7 @@ def study_picker(study: CachedStudy, studies: Sequence[CachedStudy]) -> None:
 
 def trial_picker(trial: Trial, study: CachedStudy) -> None:
     """A way from one trial to another."""
-    labels = {
-        t.number: f"{t.number} · {t.outcome.replace('_', ' ')} · {short_pattern(t.pattern, PICKER_GLYPHS)}"
-        for t in study.trials()
-    }
+    labels = {t.number: _label(t) for t in study.trials()}
     numbers = list(labels)
     key = f"pick-trial-{trial.name}"
     picked = st.selectbox(
@@ -258,14 +255,18 @@ def trial_picker(trial: Trial, study: CachedStudy) -> None:
         links.open_trial(study.name, picked)
 
 
+def _label(trial: Trial) -> str:
+    pattern = short_pattern(trial.pattern, PICKER_GLYPHS)
+    return " · ".join(filter(None, (str(trial.number), trial.outcome.replace("_", " "), pattern)))
+
+
 def machine(trial: Trial) -> str:
     """Where a trial's figures were measured, in words."""
     facts = trial.environment
     versions = facts.get("versions", {})
-    parts = [
-        f"{facts.get('device_name', 'an unrecorded device')} ({facts.get('device', '?')}, "
-        f"{facts.get('threads', '?')} threads)"
-    ]
+    threads = f", CPU threads: {facts['threads']}" if "threads" in facts else ""
+    device = f"{facts.get('device_name', 'an unrecorded device')} ({facts.get('device', '?')}"
+    parts = [f"{device}{threads})"]
     parts += [
         f"{name} {versions[name]}" for name in ("torch", "lm-workbench") if versions.get(name)
     ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from workbench.dashboard.reading import CachedStudy
     from workbench.records import Trial
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 QUANTIZER = "quantizer"  # the parameter that names what stores the weights
 
 
@@ -100,13 +101,13 @@ def block_table(layout: Layout) -> pd.DataFrame:
     for index, block in enumerate(layout.blocks):
         stored = "as trained"
         if block.quantizer is not None:
-            stored = " ".join([block.quantizer.name, settings(block.quantizer.config)]).strip()
+            stored = f"{block.quantizer.name} {settings(block.quantizer.config)}".strip()
         places.setdefault((block.layer, stored, settings(block.config)), []).append(index)
     rows = [
         {
             "blocks": ", ".join(map(str, indices)),
             "layer": layer,
-            "stored": stored,
+            "stored": stored.replace(" ", NO_BREAK),
             "config": config,
         }
         for (layer, stored, config), indices in places.items()
@@ -115,10 +116,11 @@ def block_table(layout: Layout) -> pd.DataFrame:
 
 
 def settings(config: Mapping[str, Any]) -> str:
-    """A Config's values on one line."""
+    """A Config's values on one line, without those that are left to be derived."""
     return ", ".join(
         f"{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in config.items()
+        if value is not None
     )
 
 

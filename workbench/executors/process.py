@@ -18,6 +18,7 @@ from workbench.executors.base import Executor, Job
 from workbench.layout import Layout
 from workbench.trial import Emit, Verdict
 
+STICKY = ("error", "out_of_memory")  # may leave a process or its device in a state of their own
 START_TIMEOUT = 300.0  # seconds for a worker to import everything and open its data
 
 
@@ -36,6 +37,7 @@ class ProcessExecutor(Executor):
         self.job = job
         self.timeout = job.config.budget.trial_timeout
         self._worker: _Worker | None = None
+        self._environment: dict[str, Any] = {}
 
     def judge(self, layout: Layout, folder: Path, emit: Emit) -> Verdict:
         try:
@@ -45,17 +47,23 @@ class ProcessExecutor(Executor):
             while True:
                 message = worker.receive(deadline)
                 if "verdict" in message:
-                    return Verdict(**message["verdict"])
+                    verdict = Verdict(**message["verdict"])
+                    if verdict.outcome in STICKY:
+                        self.close()
+                    return verdict
                 emit(message)
         except TimeoutError:
             self.close()
-            return Verdict(outcome="timeout", reason=f"took longer than {self.timeout:g} s")
+            return self._killed("timeout", f"took longer than {self.timeout:g} s")
         except WorkerDiedError as error:
             self.close()
-            return Verdict(outcome="crashed", reason=str(error))
+            return self._killed("crashed", str(error))
         except BaseException:
             self.close()
             raise
+
+    def _killed(self, outcome: str, reason: str) -> Verdict:
+        return Verdict(outcome=outcome, reason=reason, details={"environment": self._environment})
 
     def close(self) -> None:
         if self._worker is not None:
@@ -72,6 +80,7 @@ class ProcessExecutor(Executor):
                 raise WorkbenchError(f"no worker could be started: {error}") from None
             if "ready" not in answer:
                 raise WorkbenchError(f"no worker could be started: {answer['failed']}")
+            self._environment = answer["environment"]
         return self._worker
 
 
@@ -79,9 +88,10 @@ class _Worker:
     """The process and its two pipes, a JSON object a line."""
 
     def __init__(self) -> None:
-        # A session of its own: Ctrl-C reaches only the parent, which then decides.
+        # A session of its own: Ctrl-C reaches only the parent, which then decides. -P: files of the
+        # folder that the user stands in must not shadow modules.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "workbench.executors.worker"],
+            [sys.executable, "-P", "-m", "workbench.executors.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

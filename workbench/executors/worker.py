@@ -28,8 +28,9 @@ def main() -> None:
     except WorkbenchError as error:
         _send(answers, {"failed": str(error)})
         return
-    _send(answers, {"ready": os.getpid()})
-    while (request := requests.next()) is not None:
+    _send(answers, {"ready": os.getpid(), "environment": _environment(place)})
+    while True:
+        request = requests.next()
         _send(answers, {"verdict": _serve(place, request, answers)})
 
 
@@ -40,16 +41,36 @@ def _open(job: Job) -> Any:
     from workbench.builder import default_builder
     from workbench.trial import Workplace
 
-    limits = job.config.budget
-    if limits.memory_gb is not None:
-        import resource
-
-        allowed = int(limits.memory_gb * 1e9)
-        resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     if job.config.runtime.threads is not None:
         torch.set_num_threads(job.config.runtime.threads)
     builder = default_builder(job.config.plugin_dirs)
-    return Workplace(job.config, builder, job.device, job.cache_dir)
+    place = Workplace(job.config, builder, job.device, job.cache_dir)
+    if job.config.budget.memory_gb is not None:
+        _limit_memory(job.config.budget.memory_gb)
+    return place
+
+
+def _limit_memory(gigabytes: float) -> None:
+    import resource
+
+    from workbench.errors import FieldError
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = pages * resource.getpagesize() / 1e9
+    if used >= gigabytes:
+        raise FieldError(
+            "budget.memory_gb",
+            f"{gigabytes:g} GB of address space are less than the {used:.1f} that a worker takes "
+            "before its first trial",
+        )
+    allowed = int(gigabytes * 1e9)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+
+
+def _environment(place: Any) -> dict[str, Any]:
+    from workbench.environment import environment
+
+    return environment(place.device)
 
 
 def _serve(place: Any, request: dict[str, Any], answers: TextIO) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Starves(Toy):
 
 
 class Dies(Toy):
-    """Kills its own process, while training, as often as the file named by DEATHS says."""
+    """Kills its own process while training."""
 
     glyph = "k"
 

@@ -123,15 +123,18 @@ def best(name: str) -> None:
 
 def trials(study: CachedStudy) -> None:
     """Which trials to list, and the list."""
-    st.subheader("Trials", anchor=False)
     outcomes = study.summary()["outcomes"]
-    shown = st.pills(
-        "Show only",
-        [FRONT, *outcomes],
-        selection_mode="multi",
-        format_func=lambda name: name.replace("_", " "),
-        key=f"show-{study.name}",
-    )
+    with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
+        st.subheader("Trials", anchor=False, width="content")
+        shown = st.pills(
+            "Show only",
+            [FRONT, *outcomes],
+            selection_mode="multi",
+            format_func=lambda name: name.replace("_", " "),
+            key=f"show-{study.name}",
+            label_visibility="collapsed",
+            help="What is listed below; everything if nothing is chosen.",
+        )
     components.live(lambda: listing(study.name, shown), running=study.is_running)
 
 
