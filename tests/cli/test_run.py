@@ -1,0 +1,159 @@
+"""`workbench run`: run, resume, extend, and refuse what cannot work before any of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import TEXT_STUDY, Cli
+from workbench.records import load_study
+
+
+def test_run_tells_shows_and_resumes(cli: Cli, toy_study: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "some runs"
+    first = cli("run", toy_study, "--runs", runs, "--trials", "2")
+    assert first.status == 0
+    assert "Study toys: starting, 2 trials to judge." in first.err
+    assert "Objectives: toy_loss ↓, toy_weights ↓" in first.err
+    assert re.search(r"^trial   0  complete    \d\.\d+ bits/byte  .* s$", first.err, flags=re.M)
+    assert "Pareto front: " in first.out
+    assert f"Records: {runs}/toys/" in first.out
+    best = load_study("toys", runs).front_trials()[0].name
+    assert f"workbench show {best} --runs '{runs}'" in first.out
+    assert "workbench generate" not in first.out  # the toy data holds no text
+
+    again = cli("run", toy_study, "--runs", runs, "--trials", "2")
+    assert again.status == 0
+    assert "its goal of 2 trials is reached" in again.err
+    assert again.out == first.out
+
+    more = cli("run", toy_study, "--runs", runs)
+    assert "Study toys: resuming, 2 of 4 trials are done." in more.err
+    outcomes = [trial.outcome for trial in load_study("toys", runs).trials()]
+    assert outcomes.count("complete") == 4
+
+
+def test_what_to_type_next_works(cli: Cli, notes: Path, tmp_path: Path) -> None:
+    study = tmp_path / "notes.toml"
+    text = notes.parent / "notes.txt"
+    study.write_text(TEXT_STUDY.replace("{text}", str(text)))
+    shown = cli("run", study, "--runs", notes).out.partition("Next:\n")[2]
+    commands = re.findall(r"^  workbench (\w+) (\S+)", shown, flags=re.M)
+    assert commands == [
+        ("show", "notes:0"), ("dashboard", "notes"), ("generate", "notes:0"), ("export", "notes:0"),
+    ]  # fmt: skip
+
+
+def test_json_is_alone_on_standard_output(cli: Cli, toy_study: Path) -> None:
+    result = cli("run", toy_study, "--json")
+    assert result.json["outcomes"]["complete"] == 4
+    study = load_study("toys", "runs")
+    assert result.json["front"] == [trial.name for trial in study.front_trials()]
+    assert "trial   0" in result.err
+
+
+def test_options_override_the_file(cli: Cli, toy_study: Path, tmp_path: Path) -> None:
+    text = toy_study.read_text().replace('device = "cpu"', 'device = "cuda:7"')
+    toy_study.write_text(text)
+    assert "cuda:7" in cli("run", toy_study).refused()
+    assert cli("run", toy_study, "--device", "cpu", "--trials", "1").status == 0
+    assert load_study("toys", "runs").data["config"]["runtime"]["executor"] == "inline"
+
+
+CHANGES = {
+    "unknown metric": ('"toy_loss", "toy_weights"', '"toy_los"', "Did you mean 'toy_loss'"),
+    "unknown layer": ('["toy", "other"]', '["toy", "othr"]', "Did you mean 'other'"),
+    "unknown placement": ('"alternate"', '"alternat"', "Did you mean 'alternate'"),
+    "unknown data": ('"counting"', '"countin"', "Did you mean 'counting'"),
+    "unknown table": ("[training]", "[trainin]", "Did you mean 'training'"),
+    "unknown field": ("seq_len = 16", "seqlen = 16", "Did you mean 'seq_len'"),
+    "wrong type": ("tokens = 512", 'tokens = "many"', "training.tokens: expected int"),
+    "too few tokens": ("tokens = 512", "tokens = 5", "training.tokens: 5 are fewer than"),
+    "no budget": ("[budget]\ntrials = 4\n", "", "budget: is required in a study file"),
+    "no trials": ("trials = 4", "trials = 0", "budget.trials: must be at least 1"),
+    "no space": ("d_model = [8, 12, 16]\n", "", "space.d_model: is required"),
+    "bad name": ('name = "toys"', 'name = "../toys"', "name: '../toys'"),
+    "not toml": ("[space]", "[space", "is not TOML"),
+    "unknown device": ('device = "cpu"', 'device = "gpu"', "'gpu' is no device"),
+    "unknown executor": ('"inline"', '"ray"', "unknown executor 'ray'"),
+    "no plugin folder": ("toy_plugins", "no_plugins", "no such folder"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "words"), CHANGES.values(), ids=CHANGES.keys())
+def test_mistakes_in_the_file_are_refused_before_any_work(
+    cli: Cli, toy_study: Path, old: str, new: str, words: str
+) -> None:
+    text = toy_study.read_text()
+    assert old in text
+    toy_study.write_text(text.replace(old, new))
+    assert words in cli("run", toy_study).refused()
+    assert not Path("runs/toys").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("toy.toml", "there is no study file toy.toml. Did you mean toys.toml? Known: toys.toml."),
+        ("toys", "Did you mean toys.toml?"),
+        ("elsewhere/x.toml", "there is no study file elsewhere/x.toml."),
+        (".", "cannot read the study file"),
+    ],
+)
+def test_a_missing_file(cli: Cli, toy_study: Path, file: str, words: str) -> None:
+    assert words in cli("run", file).refused()
+
+
+@pytest.mark.parametrize("trials", ["0", "-3"])
+def test_a_budget_of_nothing(cli: Cli, toy_study: Path, trials: str) -> None:
+    assert "--trials: must be at least 1" in cli("run", toy_study, "--trials", trials).refused()
+
+
+def test_a_changed_space_is_refused_and_loses_nothing(cli: Cli, toy_study: Path) -> None:
+    assert cli("run", toy_study, "--trials", "1").status == 0
+    before = cli("show", "toys", "--all", "--json").out
+    toy_study.write_text(toy_study.read_text().replace("[8, 12, 16]", "[8, 12]"))
+    message = cli("run", toy_study).refused()
+    assert "was started differently" in message
+    assert "space.d_model: [8, 12, 16] then, [8, 12] now" in message
+    assert "another name" in message
+    assert cli("show", "toys", "--all", "--json").out == before
+
+
+def test_impossible_layouts_are_outcomes_with_the_field_named(cli: Cli, tmp_path: Path) -> None:
+    study = tmp_path / "heads.toml"
+    text = TEXT_STUDY.replace("{text}", str(study)).replace('"mamba", ', "")
+    text = text.replace("num_heads = 2", "num_heads = [2, 3, 4, 5, 7, 8]")
+    study.write_text(text.replace("trials = 1", "trials = 3"))
+    assert cli("run", study).status == 0
+    trials = load_study("notes", "runs").trials()
+    reasons = [trial.reason for trial in trials if trial.outcome == "infeasible"]
+    assert reasons
+    for reason in reasons:
+        assert re.search(r"\(attention\)\.num_heads: \d does not divide d_model = 16", reason)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"name": "toys"'])
+def test_a_damaged_study_is_not_resumed_over(cli: Cli, toy_study: Path, damage: str) -> None:
+    assert cli("run", toy_study, "--trials", "1").status == 0
+    record = Path("runs/toys/study.json")
+    record.write_text(damage)
+    assert str(record) in cli("run", toy_study).refused()
+    assert record.read_text() == damage
+
+
+def test_a_damaged_trial_does_not_stop_a_study(cli: Cli, toy_study: Path) -> None:
+    assert cli("run", toy_study, "--trials", "2").status == 0
+    Path("runs/toys/trials/00000/trial.json").write_text("{")
+    assert cli("run", toy_study, "--trials", "3").status == 0
+    outcomes = [trial.outcome for trial in load_study("toys", "runs").trials()]
+    assert outcomes[0] == "damaged"
+    assert outcomes.count("complete") >= 3
+
+
+def test_folders_that_cannot_be_made(cli: Cli, toy_study: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = cli("run", toy_study, "--runs", tmp_path / "file" / "runs").refused()
+    assert "cannot make the folder" in message
