@@ -16,6 +16,8 @@ EXAMPLES = """\
   workbench dashboard
   workbench dashboard quickstart --port 8502 --headless"""
 
+GRACE = 5.0  # seconds for the server to say goodbye by itself
+
 
 def dashboard(
     study: Annotated[
@@ -44,8 +46,11 @@ def dashboard(
     with subprocess.Popen(command, env=environment) as server, interrupts.raised():
         try:
             status = server.wait()
-        except KeyboardInterrupt:  # how a dashboard is meant to end
-            server.terminate()
+        except KeyboardInterrupt:  # how a dashboard is meant to end; a terminal tells both of us
+            try:
+                server.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                server.terminate()
             return
     if status != 0:
         raise typer.Exit(status)

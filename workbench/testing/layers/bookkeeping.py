@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -122,8 +121,6 @@ class BookkeepingTests(LayerSuite):
 
     def test_keep_precision_names_submodules(self) -> None:
         """Each name of `keep_precision` is a submodule of some configuration, with a reason."""
-        if not self.layer.keep_precision:
-            pytest.skip("every linear may be quantized")
         names = {
             name
             for config in self.configs

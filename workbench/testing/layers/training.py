@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,10 +133,8 @@ class TrainingTests(LayerSuite):
         assert torch.equal(emptied(x_BTD), built(x_BTD)), "outputs after to_empty"
 
     def test_output_projection(self) -> None:
-        """`output_projection` names a submodule with a weight, in every configuration."""
+        """`output_projection`, if any, names a submodule with a weight in every configuration."""
         name = self.layer.output_projection
-        if name is None:
-            pytest.skip("the layer has no output projection")
         for config in self.configs:
-            module = self.layer(self.d_model, config, device="meta").get_submodule(name)
-            assert isinstance(module.weight, Tensor)
+            layer = self.layer(self.d_model, config, device="meta")
+            assert name is None or isinstance(layer.get_submodule(name).weight, Tensor)
