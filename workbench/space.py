@@ -139,7 +139,11 @@ class Space:
             for name in names:
                 if name == NONE and field in ("mlps", "quantizers"):
                     continue
-                registry[name]
+                try:
+                    registry[name]
+                except UnknownNameError as error:
+                    kind = f"{error.kind} in space.{field}"
+                    raise UnknownNameError(kind, name, error.known, error.hint) from None
         for name in config.mixers:
             if self.builder.layers[name].kind == "mlp":
                 raise FieldError("space.mixers", f"{name!r} is an MLP: list it under space.mlps")

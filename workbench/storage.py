@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -28,6 +29,8 @@ SUGGESTION = "suggestion"
 STALE = 10
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+# Ctrl-C in the middle of a query: SQLAlchemy would log the traceback and then raise it anyway.
+logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)
 
 
 def open_storage(folder: Path, name: str, objectives: tuple[Objective, ...]) -> optuna.Study:

@@ -255,7 +255,9 @@ def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict)
             bounds = place.config.constraints[name]
             verdict.constraints[name] = bounds.violation(value)
             if verdict.constraints[name] > 0:
-                violated.append(f"{name} = {value:g} is outside [{bounds.min:g}, {bounds.max:g}]")
+                below = value < bounds.min
+                limit = f"below min {bounds.min:,}" if below else f"above max {bounds.max:,}"
+                violated.append(f"{name} = {value:,.8g} is {limit}")
     if violated:
         raise InfeasibleError("; ".join(violated))
 

@@ -95,7 +95,8 @@ def _loading(facts: Facts) -> str:
     if not has_text:
         text += "It has no tokenizer: it takes token ids.\n"
     return text + (
-        "For batches, pad on the left and give the attention mask.\n\n"
+        "For batches, pad on the left and give the attention mask; a byte tokenizer has no pad "
+        "token (all 256 ids are bytes), so pad its ids by hand.\n\n"
         "When it was exported, a fresh process loaded this folder and computed the same logits: "
         f"the largest difference in float32 was {facts.proof.max_difference:.2g}.\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ class Result:
         assert self.status == 2, self
         assert self.out == ""
         assert "Traceback" not in self.err
-        assert self.err.count("Error: ") == 1
+        assert re.findall(r"^Error: ", self.err, flags=re.M) == ["Error: "]
         return self.err
 
 

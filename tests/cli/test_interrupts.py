@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ sys.meta_path.insert(0, Interrupt())
 """
 SLOW_LAYOUT = '{"d_model": 8, "vocab_size": 16, "blocks": [{"layer": "slow"}]}'
 SLOW_TRAINING = (
-    "--plugin-dir", str(TOYS), "--data", "counting", "--device", "cpu", "--tokens", "2048",
+    "--plugin-dir", str(TOYS), "--data", "counting", "--device", "cpu", "--tokens", "1024",
     "--seq-len", "16", "--batch-size", "4", "--checkpoint-seconds", "0.001",
 )  # fmt: skip
 
@@ -96,44 +97,38 @@ def test_while_python_imports(tmp_path: Path, toy_study: Path, module: str) -> N
 def slow_study(toy_study: Path) -> Path:
     text = toy_study.read_text().replace('["toy", "other"]', '["slow"]').replace("[1, 2]", "1")
     text = text.replace("tokens = 512", "tokens = 1280\ncheckpoint_seconds = 0.001")
-    toy_study.write_text(text.replace('"inline"', '"process"').replace("trials = 4", "trials = 2"))
+    toy_study.write_text(text.replace('"inline"', '"process"').replace("trials = 4", "trials = 1"))
     return toy_study
 
 
-@pytest.mark.parametrize("moment", ["opened", "training", "between"])
+@pytest.mark.parametrize("moment", ["opened", "training"])
 def test_a_run_resumes(cli: Cli, tmp_path: Path, slow_study: Path, moment: str) -> None:
-    trials = tmp_path / "runs" / "toys" / "trials"
+    folder = tmp_path / "runs" / "toys"
     signs = {
-        "opened": tmp_path / "runs" / "toys" / "study.json",
-        "training": trials / "00000" / "checkpoint.safetensors",
-        "between": trials / "00000" / "model.safetensors",
+        "opened": folder / "study.json",
+        "training": folder / "trials" / "00000" / "checkpoint.safetensors",
     }
     with started(tmp_path, "run", slow_study) as process:
         wait_for(signs[moment].exists)
-        out, err = interrupt(process)
+        if moment == "training":  # impatience makes no traceback either
+            for _ in range(4):
+                os.killpg(process.pid, signal.SIGINT)
+                time.sleep(0.005)
+            out, err = process.communicate(timeout=60)
+        else:
+            out, err = interrupt(process)
+            assert err.endswith("the same command goes on from there.\n")
     assert process.returncode == 130
     assert out == ""
-    assert err.endswith("the same command goes on from there.\n")
-    assert not list(tmp_path.rglob("*.tmp"))
-    result = cli("run", slow_study)
+    assert "Traceback" not in err
+    result = cli("run", slow_study, "--executor", "inline")
     assert result.status == 0
     assert "Study toys: resuming, " in result.err
-    outcomes = [trial.outcome for trial in load_study("toys").trials()]
-    assert outcomes.count("complete") == 2
+    trials = load_study("toys").trials()
+    assert [trial.outcome for trial in trials] in (["interrupted", "complete"], ["complete"])
     if moment == "training":
-        assert outcomes[0] == "interrupted"
-        assert load_study("toys").trial(1).data["retry_of"] == 0
-
-
-def test_impatience_does_not_help_a_traceback(tmp_path: Path, slow_study: Path) -> None:
-    with started(tmp_path, "run", slow_study) as process:
-        wait_for((tmp_path / "runs/toys/trials/00000/checkpoint.safetensors").exists)
-        for _ in range(5):
-            os.killpg(process.pid, signal.SIGINT)
-            time.sleep(0.005)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+        assert trials[1].data["retry_of"] == 0
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_training_goes_on_from_its_checkpoint(cli: Cli, tmp_path: Path) -> None:
@@ -187,9 +182,12 @@ def test_a_dashboard_ends_well(tmp_path: Path, notes: Path) -> None:
 def test_a_caller_that_ignores_it_is_obeyed(tmp_path: Path) -> None:
     """`nohup` and a shell's background jobs start commands with SIGINT ignored."""
     (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)
-    ignoring = "import os, signal, sys; signal.signal(2, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    ignoring = (
+        "import os, signal, sys; signal.signal(2, signal.SIG_IGN); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     done = subprocess.run(
-        [Path(COMMAND).with_name("python"), "-c", ignoring, COMMAND, "show"],
+        [sys.executable, "-c", ignoring, COMMAND, "show"],
         env={**os.environ, "PYTHONPATH": str(tmp_path), "INTERRUPT_AT": "typer"},
         cwd=tmp_path,
         capture_output=True,

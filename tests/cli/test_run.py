@@ -16,6 +16,7 @@ def test_run_tells_shows_and_resumes(cli: Cli, toy_study: Path, tmp_path: Path) 
     first = cli("run", toy_study, "--runs", runs, "--trials", "2")
     assert first.status == 0
     assert "Study toys: starting, 2 trials to judge." in first.err
+    assert not set("\x1b\r") & set(first.err)  # a file takes no progress bars
     assert "Objectives: toy_loss ↓, toy_weights ↓" in first.err
     assert re.search(r"^trial   0  complete    \d\.\d+ bits/byte  .* s$", first.err, flags=re.M)
     assert "Pareto front: " in first.out

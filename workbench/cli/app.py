@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -35,11 +36,11 @@ Exit status: 0 done, 1 a fault of the workbench, 2 a mistake in what was given,
 130 stopped by Ctrl-C."""
 
 
-class _ConvertsTheGiven:
-    """Converts only values that were given.
+class _ConvertsLittle:
+    """Converts only values that were given and are no text.
 
-    typer converts absent ones too, with pydantic, whose import would be half of the time that
-    `workbench show` takes.
+    typer converts absent values and text too, with pydantic, whose import would be half of the
+    time that `workbench show` takes.
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -47,26 +48,30 @@ class _ConvertsTheGiven:
         for parameter in parameters:
             optional = not (parameter.required or parameter.multiple)
             if optional and "process_value" not in vars(parameter):
-                parameter.process_value = _given_only(parameter)
+                parameter.process_value = _lightened(parameter)
         return parameters
 
 
-def _given_only(parameter: Any) -> Callable[[Any, Any], Any]:
+def _lightened(parameter: Any) -> Callable[[Any, Any], Any]:
     convert = parameter.process_value
+    # Where a release of typer does not say the type, everything that is given is converted.
+    kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
 
     def process(ctx: Any, value: Any) -> Any:
-        if value is not None:
-            return convert(ctx, value)
-        return parameter.callback and parameter.callback(ctx, parameter, None)
+        if value is None:
+            return parameter.callback and parameter.callback(ctx, parameter, None)
+        if kind in (str, Path) and isinstance(value, str) and parameter.callback is None:
+            return kind(value)
+        return convert(ctx, value)
 
     return process
 
 
-class Command(_ConvertsTheGiven, TyperCommand):
+class Command(_ConvertsLittle, TyperCommand):
     """One subcommand."""
 
 
-class Commands(_ConvertsTheGiven, TyperGroup):
+class Commands(_ConvertsLittle, TyperGroup):
     """Commands by name; an unknown one gets the nearest and the list."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from workbench.cli import interrupts
-from workbench.cli.common import Json, PluginDirs, Runs, TrialName, print_json, say
+from workbench.cli.common import Json, PluginDirs, Runs, TrialName, count, print_json, say
 
 EXAMPLES = """\
   workbench export quickstart:7 exported/quickstart-7"""
@@ -44,8 +44,8 @@ def export(
         )
         return
     say(
-        f"{report.path}: {len(report.files)} files; the logits of a fresh process differ by at "
-        f"most {report.max_difference:.2g}."
+        f"{report.path}: {count(len(report.files), 'file')}; the logits of a fresh process "
+        f"differ by at most {report.max_difference:.2g}."
     )
     if exporter == "huggingface":
         print("Load it with:")

@@ -1,0 +1,82 @@
+"""`workbench export`: a folder that a stranger's process loads, or a message and no folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+from workbench.records import load_study
+
+
+@pytest.fixture
+def copied(notes: Path, tmp_path: Path) -> Path:
+    """The runs folder of the notes, to be written to."""
+    return shutil.copytree(notes, tmp_path / "copied")
+
+
+def test_an_export_is_proved_and_never_overwritten(cli: Cli, notes: Path) -> None:
+    result = cli("export", "notes:0", "out/model", "--runs", notes, "--json")
+    assert result.status == 0
+    assert result.json["path"] == "out/model"
+    assert result.json["max_difference"] <= 1e-5
+    assert set(result.json["files"]) == {path.name for path in Path("out/model").iterdir()}
+    before = sorted(path.stat().st_mtime_ns for path in Path("out/model").iterdir())
+    message = cli("export", "notes:0", "out/model", "--runs", notes).refused()
+    assert "out/model is there already: name a new folder" in message
+    assert sorted(path.stat().st_mtime_ns for path in Path("out/model").iterdir()) == before
+
+
+def test_text_says_how_to_load_it(cli: Cli, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workbench.exporter import ExportReport
+
+    def written(*arguments: object) -> ExportReport:
+        return ExportReport(path=Path("out"), files=("config.json",), max_difference=3e-7)
+
+    monkeypatch.setattr("workbench.export.export_trial", written)
+    text = cli("export", "notes:0", "out", "--runs", notes).out
+    assert text.startswith("out: 1 file; ")
+    assert "differ by at most 3e-07" in " ".join(text.split())
+    assert 'from_pretrained("out", trust_remote_code=True)' in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["notes:7", "out"], "study 'notes' has no trial 7"),
+        (["note:0", "out"], "Did you mean 'notes'?"),
+        (["notes", "out"], "'notes' names no trial"),
+        (["notes:0", "out", "--exporter", "hugginface"], "Did you mean 'huggingface'?"),
+    ],
+)
+def test_names_that_nothing_has(cli: Cli, notes: Path, arguments: list[str], words: str) -> None:
+    assert words in cli("export", *arguments, "--runs", notes).refused()
+    assert not Path("out").exists()
+
+
+def test_a_trial_without_weights(cli: Cli, copied: Path) -> None:
+    (copied / "notes" / "trials" / "00000" / "model.safetensors").unlink()
+    message = cli("export", "notes:0", "out", "--runs", copied).refused()
+    assert "trial notes:0 (complete) left no weights" in message
+
+
+def test_weights_of_another_layout(cli: Cli, copied: Path) -> None:
+    layout = copied / "notes" / "trials" / "00000" / "layout.json"
+    layout.write_text(layout.read_text().replace('"d_model": 16', '"d_model": 32'))
+    assert "does not fit the layout" in cli("export", "notes:0", "out", "--runs", copied).refused()
+
+
+def test_a_duplicate_names_its_original(cli: Cli, finished: Path) -> None:
+    study = load_study("toys", finished)
+    duplicates = [trial for trial in study.trials() if trial.outcome == "duplicate"]
+    assert duplicates
+    message = cli("export", duplicates[0].name, "out", "--runs", finished).refused()
+    assert f"take toys:{duplicates[0].data['duplicate_of']}" in message
+
+
+def test_a_place_that_cannot_be_written(cli: Cli, notes: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = cli("export", "notes:0", "file/model", "--runs", notes).refused()
+    assert "cannot write file/model" in message
