@@ -72,7 +72,9 @@ def test_a_study_searches_it_and_its_trial_is_exported(cli: Cli, site: str, tmp_
 
     exported = process("export", "notes:0", tmp_path / "out", *places, "--json", PYTHONPATH=site)
     assert exported.returncode == 0, exported.stderr
-    assert json.loads(exported.stdout)["max_difference"] <= 1e-5
+    report = json.loads(exported.stdout)
+    assert report["max_difference"] <= 1e-5
+    assert set(report["files"]) == {path.name for path in Path(report["path"]).iterdir()}
     loaded = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "out")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},

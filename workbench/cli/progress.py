@@ -78,7 +78,8 @@ class RichReporter(Reporter):
         )
 
     def trial_progress(self, number: int, share: float, loss: float) -> None:
-        note = f"loss {loss:.3f}  {self.pattern}"
+        state = f"loss {loss:.3f}" if share < 1 else "judging"
+        note = f"{state}  {self.pattern}"
         self.progress.update(self.current, completed=int(100 * share), note=note)
 
     def trial_finished(self, trial: Trial) -> None:
