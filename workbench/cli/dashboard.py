@@ -43,14 +43,17 @@ def dashboard(
     command += [f"--server.port={port}", f"--server.address={host}"]
     command += [f"--server.headless={str(headless).lower()}", "--browser.gatherUsageStats=false"]
     command += ["--client.toolbarMode=viewer", "--server.fileWatcherType=none"]
-    with subprocess.Popen(command, env=environment) as server, interrupts.raised():
+    with interrupts.ignored():  # by the server too, until it can end in order
+        server = subprocess.Popen(command, env=environment)
+    with server, interrupts.raised():
         try:
             status = server.wait()
-        except KeyboardInterrupt:  # how a dashboard is meant to end; a terminal tells both of us
+        except KeyboardInterrupt:  # how a dashboard is meant to end
+            server.terminate()
             try:
                 server.wait(GRACE)
             except subprocess.TimeoutExpired:
-                server.terminate()
+                server.kill()
             return
     if status != 0:
         raise typer.Exit(status)

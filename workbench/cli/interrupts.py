@@ -37,6 +37,16 @@ def raised() -> Iterator[None]:
 
 
 @contextmanager
+def ignored() -> Iterator[None]:
+    """Inside, Ctrl-C does nothing, here and in the processes started here until they handle it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def explained(advice: str) -> Iterator[None]:
     """Inside, Ctrl-C raises KeyboardInterrupt; it ends the command with a line of advice.
 
