@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from workbench.exporter import Exporter
 from workbench.layer import Layer
 from workbench.layout import Block, Layout, Named
 from workbench.metric import STAGES, Metric
-from workbench.model import HybridLM
+from workbench.model import HybridLM, sources_of
 from workbench.placement import Placement
 from workbench.preset import Preset
 from workbench.quantizer import QuantizationReport, Quantizer, num_bytes
@@ -42,7 +42,7 @@ class LayoutCosts:
 
     Attributes:
         embedding, head, norm: parameters outside the blocks (the head is 0 when tied).
-        blocks: one row a block.
+        blocks: one row a block; shared weights count where they are first.
         total: everything together; `total.parameters` counts tied weights once.
         weight_bytes: weights as stored, quantized blocks at their stored size.
         length: context length that FLOPs and state bytes are given at.
@@ -117,7 +117,17 @@ class Builder:
                     quantizer=self._resolve_quantizer(block.quantizer, where),
                 )
             )
-        return layout.replace(blocks=tuple(blocks))
+        resolved = layout.replace(blocks=tuple(blocks))
+        self.sources(resolved)
+        return resolved
+
+    def sources(self, layout: Layout) -> list[int | None]:
+        """For each block of a resolved layout the earlier one that it builds on, or None.
+
+        Raises:
+            FieldError: a block's source is missing or does not fit.
+        """
+        return sources_of(layout, [self.layers[block.layer] for block in layout.blocks])
 
     def _resolve_quantizer(self, quantizer: Named | None, where: str) -> Named | None:
         if quantizer is None:
@@ -170,6 +180,7 @@ class Builder:
         reports: list[QuantizationReport | None] = []
         for block, layer in zip(model.layout.blocks, model.layers, strict=True):
             reports.append(None if block.quantizer is None else self._quantize(block, layer))
+        model.tie_weights()
         return reports
 
     def _quantize(self, block: Block, layer: Layer) -> QuantizationReport:
@@ -189,7 +200,7 @@ class Builder:
         layout = self.resolve(layout)
         norm = layout.d_model * (1 if layout.norm == "rmsnorm" else 2)
         rows = []
-        for block in layout.blocks:
+        for block, source in zip(layout.blocks, self.sources(layout), strict=True):
             layer = self.layers[block.layer]
             costs = layer.costs(
                 layout.d_model,
@@ -197,25 +208,40 @@ class Builder:
                 length=length,
                 bytes_per_element=bytes_per_element,
             )
-            stored = self._block_bytes(layout.d_model, block, costs, bytes_per_element)
+            shared = layer.shared if source is not None else ()
+            if shared:
+                own: Any = costs.own_parameters
+                costs = dataclasses.replace(costs, parameters=own, active_parameters=own)
+            stored = self._block_bytes(layout.d_model, block, shared, costs, bytes_per_element)
+            block_norm = norm if layer.pre_norm else 0
             rows.append(
                 BlockCosts(
                     layer=block.layer,
                     costs=costs,
-                    norm_parameters=norm,
-                    weight_bytes=stored + norm * bytes_per_element,
+                    norm_parameters=block_norm,
+                    weight_bytes=stored + block_norm * bytes_per_element,
                 )
             )
         return _total(layout, norm, tuple(rows), length, bytes_per_element)
 
-    def _block_bytes(self, d_model: int, block: Block, costs: Costs, bytes_per_element: int) -> int:
+    def _block_bytes(
+        self,
+        d_model: int,
+        block: Block,
+        shared: Sequence[str],
+        costs: Costs,
+        bytes_per_element: int,
+    ) -> int:
+        """Bytes of a block's weights as stored, without the `shared` ones, which another holds."""
         if block.quantizer is None:
             return costs.parameters * bytes_per_element
-        key = f"{d_model} {bytes_per_element} {block.to_dict()}"
+        key = f"{d_model} {bytes_per_element} {bool(shared)} {block.to_dict()}"
         if key not in self._weight_bytes:
             dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[bytes_per_element]
             layer = self._layer(d_model, block, device=torch.device("meta"), dtype=dtype)
             self._quantize(block, layer)
+            for name in shared:
+                delattr(layer, name)
             self._weight_bytes[key] = num_bytes(layer)
         return self._weight_bytes[key]
 

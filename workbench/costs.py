@@ -18,6 +18,8 @@ class Costs:
     Attributes:
         parameters: every trainable number of the layer.
         active_parameters: those that one token uses (fewer in a mixture of experts).
+        own_parameters: those that a block keeps for itself where it takes the rest from another
+            (`Layer.shared`); all of them where nothing can be shared.
         forward_flops: a full forward over `length` tokens.
         decode_flops: one decode step with `length` tokens of context before it.
         state_bytes: what the layer keeps between tokens after `length` tokens.
@@ -26,14 +28,16 @@ class Costs:
 
     parameters: int = 0
     active_parameters: int | None = None
+    own_parameters: int | None = None
     forward_flops: int = 0
     decode_flops: int = 0
     state_bytes: int = 0
     decode_state_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if self.active_parameters is None:
-            object.__setattr__(self, "active_parameters", self.parameters)
+        for name in ("active_parameters", "own_parameters"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.parameters)
 
     def __add__(self, other: Costs) -> Costs:
         return Costs(

@@ -7,11 +7,14 @@ A layer is an `nn.Module` from `[batch, length, d_model]` to the same shape. It 
 - `forward(x_BTD, context)`: a whole sequence, differentiable, causal.
 - `forward(x_BTD, context, state)`: the same, continuing from `state` and updating it in place
   (prefill; a prompt may come in several calls).
-- `step(x_BD, state)`: one token a sequence, equal to the forward at that position.
+- `step(x_BD, state, context)`: one token a sequence, equal to the forward at that position.
 - `init_state(...)`: an empty state for a batch.
 - `costs(d_model, config, length=...)`: exact, without building anything.
 - `reset_parameters()`: its published initialisation; the constructor only allocates, so that a
   layer can be built on the meta device.
+
+A layer may build on an earlier block (`source`): take weights from it (`shared`), or read what it
+publishes in the same call (`Context.publish`, `Context.source`).
 
 `workbench.testing.LayerContract` checks all of it on any layer.
 """
@@ -19,7 +22,7 @@ A layer is an `nn.Module` from `[batch, length, d_model]` to the same shape. It 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from workbench.config import NoConfig
 from workbench.costs import Costs
+from workbench.layout import Block
 
 Kind = Literal["attention", "recurrent", "mlp"]
 
@@ -42,6 +46,10 @@ class Context:
             Nothing may pass from one document to another.
         prefix_lengths_B: int, how many first tokens of each row attention sees in both
             directions (prefix-LM); only for calls that start at the row's first token.
+        embedding_BTD: the model's embedding of these tokens, for layers that look back at it.
+        source: what the block that this one reads has published in this call.
+        published: where this block publishes; None unless a later block reads it.
+        losses: where auxiliary losses go; None outside training.
 
     A call that continues a state must begin in the document that the state belongs to.
     """
@@ -49,6 +57,21 @@ class Context:
     attention_mask_BT: Tensor | None = None
     seq_idx_BT: Tensor | None = None
     prefix_lengths_B: Tensor | None = None
+    embedding_BTD: Tensor | None = None
+    source: Mapping[str, Tensor | None] | None = None
+    published: dict[str, Tensor | None] | None = None
+    losses: list[Tensor] | None = None
+
+    def publish(self, **tensors: Tensor | None) -> None:
+        """Let later blocks that read this one have tensors of this call; say in the layer's docs
+        which, with shapes."""
+        if self.published is not None:
+            self.published.update(tensors)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a scalar, already weighted, to the loss that is minimised (routers' balance)."""
+        if self.losses is not None:
+            self.losses.append(loss)
 
     def mask_padding(self, x_BTD: Tensor) -> Tensor:
         """`x_BTD` with zeros at padding: what recurrent layers must take in."""
@@ -96,6 +119,11 @@ class Layer(nn.Module):
         keep_precision: linear submodules that quantizers must leave alone, name → why.
         output_projection: name of the linear that writes to the residual stream; its initial
             weights are scaled down with depth. None for no such linear.
+        pre_norm: whether its block norms the input. False gives the layer the bare residual
+            stream, and the block no norm.
+        shared: children whose modules a block takes from its `source`, which must then be of the
+            same type with the same Config; the others (adapters) stay its own. They are then
+            children of the source alone.
     """
 
     Config: ClassVar[type] = NoConfig
@@ -105,6 +133,8 @@ class Layer(nn.Module):
     backend: ClassVar[str] = "torch"
     keep_precision: ClassVar[Mapping[str, str]] = {}
     output_projection: ClassVar[str | None] = None
+    pre_norm: ClassVar[bool] = True
+    shared: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -125,6 +155,19 @@ class Layer(nn.Module):
         Raises:
             FieldError: names the field to change and a value that works.
         """
+
+    @classmethod
+    def source(cls, d_model: int, blocks: Sequence[Block]) -> int | None:
+        """Index of the earlier block that the last of `blocks` builds on; None for none.
+
+        Args:
+            blocks: the layout's from the input up to this layer's own, every Config field
+                written out.
+
+        Raises:
+            FieldError: it needs one, and there is none that fits.
+        """
+        return None
 
     @classmethod
     def costs(cls, d_model: int, config: Any, *, length: int, bytes_per_element: int = 4) -> Costs:
@@ -153,6 +196,10 @@ class Layer(nn.Module):
         """Outputs for all positions; with a state, continue from it and update it in place."""
         raise NotImplementedError(f"{type(self).__qualname__}.forward")
 
-    def step(self, x_BD: Tensor, state: Any) -> Tensor:
-        """One token a sequence, `[B, D]` to `[B, D]`, updating `state` in place."""
-        return self.forward(x_BD[:, None], PLAIN, state)[:, 0]
+    def step(self, x_BD: Tensor, state: Any, context: Context = PLAIN) -> Tensor:
+        """One token a sequence, `[B, D]` to `[B, D]`, updating `state` in place.
+
+        Args:
+            context: with neither padding nor borders.
+        """
+        return self.forward(x_BD[:, None], context, state)[:, 0]

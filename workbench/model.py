@@ -5,18 +5,43 @@ Shape suffixes: B batch, T tokens in this call, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.errors import FieldError, WorkbenchError
 from workbench.layer import PLAIN, Context, Layer, State
 from workbench.layout import Layout
 
 IGNORE = -100  # target id without a loss, as in torch and transformers
+
+
+def sources_of(layout: Layout, layers: Sequence[type[Layer]]) -> list[int | None]:
+    """For each block of a resolved layout the earlier one that it builds on, or None.
+
+    Raises:
+        FieldError: a block's source is missing or does not fit.
+    """
+    sources: list[int | None] = []
+    for index, layer in enumerate(layers):
+        where = f"blocks[{index}] ({layout.blocks[index].layer})"
+        try:
+            source = layer.source(layout.d_model, layout.blocks[: index + 1])
+        except WorkbenchError as error:
+            raise error.within(where) from None
+        if source is not None and not 0 <= source < index:
+            raise FieldError(where, f"must build on an earlier block, not on block {source}")
+        if source is not None and layer.shared and layout.blocks[source] != layout.blocks[index]:
+            raise FieldError(
+                where, f"shares weights with block {source}: give both one config and quantizer"
+            )
+        sources.append(source)
+    return sources
 
 
 def make_norm(layout: Layout, **factory: Any) -> nn.Module:
@@ -27,11 +52,11 @@ def make_norm(layout: Layout, **factory: Any) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """`x + residual_multiplier * layer(norm(x))`."""
+    """`x + residual_multiplier * layer(norm(x))`, without the norm where the layer has its own."""
 
     def __init__(self, layout: Layout, layer: Layer, **factory: Any) -> None:
         super().__init__()
-        self.norm = make_norm(layout, **factory)
+        self.norm = make_norm(layout, **factory) if layer.pre_norm else nn.Identity()
         self.layer = layer
         self.multiplier = layout.residual_multiplier
 
@@ -39,8 +64,8 @@ class ResidualBlock(nn.Module):
         y_BTD: Tensor = self.layer(self.norm(x_BTD), context, state)
         return x_BTD + (y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier)
 
-    def step(self, x_BD: Tensor, state: State) -> Tensor:
-        y_BD = self.layer.step(self.norm(x_BD), state)
+    def step(self, x_BD: Tensor, state: State, context: Context) -> Tensor:
+        y_BD = self.layer.step(self.norm(x_BD), state, context)
         return x_BD + (y_BD if self.multiplier == 1.0 else y_BD * self.multiplier)
 
 
@@ -48,9 +73,15 @@ class HybridLM(nn.Module):
     """A causal language model made of the layers that a Layout names.
 
     Args:
-        layout: what it is; kept as `model.layout`.
+        layout: what it is, every default written out; kept as `model.layout`.
         layers: one built Layer a block, in order. `Builder.build` makes them.
         device, dtype: of embedding, norms and head.
+
+    Attributes:
+        sources: for each block the earlier one that it builds on, or None.
+
+    Raises:
+        FieldError: a block's source is missing or does not fit.
     """
 
     def __init__(self, layout: Layout, layers: Sequence[Layer], **factory: Any) -> None:
@@ -60,12 +91,30 @@ class HybridLM(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(layout, layer, **factory) for layer in layers)
         self.norm_f = make_norm(layout, **factory)
         self.lm_head = nn.Linear(layout.d_model, layout.vocab_size, bias=False, **factory)
+        self.sources = sources_of(layout, [type(layer) for layer in layers])
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head share the embedding's weights, where the layout says so."""
+        """Share what belongs to several: embedding and head, and the blocks' shared modules."""
         if self.layout.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+        for layer, source in zip(self.layers, self.sources, strict=True):
+            if source is not None:
+                for name in layer.shared:
+                    # Not as a child: the modules are the source's to list, save and move.
+                    delattr(layer, name)
+                    object.__setattr__(layer, name, getattr(self.layers[source], name))
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Keys of the state dict whose tensor has an earlier key, too, and that key."""
+        first: dict[int, str] = {}
+        named = [
+            *self.named_parameters(remove_duplicate=False),
+            *self.named_buffers(remove_duplicate=False),
+        ]
+        keys = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+        return {name: key for name, key in keys.items() if name != key}
 
     @property
     def layers(self) -> list[Layer]:
@@ -95,12 +144,15 @@ class HybridLM(nn.Module):
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
+        projections: dict[int, Tensor] = {}  # a shared one counts once
         for layer in self.layers:
             layer.reset_parameters()
             if layer.output_projection is not None:
-                weight = layer.get_submodule(layer.output_projection).weight
-                with torch.no_grad():
-                    weight.div_(math.sqrt(len(self.blocks)))  # type: ignore[operator]
+                weight: Any = layer.get_submodule(layer.output_projection).weight
+                projections[id(weight)] = weight
+        with torch.no_grad():
+            for weight in projections.values():
+                weight.div_(math.sqrt(len(self.blocks)))
 
     def init_state(
         self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None
@@ -123,12 +175,39 @@ class HybridLM(nn.Module):
         """Normed activations before the head, `[B, T, D]`; fills `states` if given."""
         if context.prefix_lengths_B is not None and not self.layout.prefix_lm:
             raise ValueError("prefix lengths were given to a layout without prefix_lm")
-        x_BTD = self.embedding(tokens_BT)
-        if self.layout.embedding_multiplier != 1.0:
-            x_BTD = x_BTD * self.layout.embedding_multiplier
+        return self.norm_f(self.run_blocks(self._embed(tokens_BT), context, states))  # type: ignore[no-any-return]
+
+    def run_blocks(
+        self, x_BTD: Tensor, context: Context = PLAIN, states: Sequence[State] | None = None
+    ) -> Tensor:
+        """From the embedded tokens to the residual stream after the last block, `[B, T, D]`."""
+        contexts = self._contexts(dataclasses.replace(context, embedding_BTD=x_BTD))
         for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, context, None if states is None else states[index])
-        return self.norm_f(x_BTD)  # type: ignore[no-any-return]
+            x_BTD = block(x_BTD, next(contexts), None if states is None else states[index])
+        return x_BTD
+
+    def step_blocks(self, x_BD: Tensor, states: Sequence[State]) -> Tensor:
+        """`run_blocks` on one token a sequence, `[B, D]` to `[B, D]`."""
+        contexts = self._contexts(Context(embedding_BTD=x_BD[:, None]))
+        for block, state in zip(self.blocks, states, strict=True):
+            x_BD = block.step(x_BD, state, next(contexts))  # type: ignore[operator]
+        return x_BD
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        multiplier = self.layout.embedding_multiplier
+        return x if multiplier == 1.0 else x * multiplier
+
+    def _contexts(self, context: Context) -> Iterator[Context]:
+        """What each block may know; one that another reads has somewhere to publish."""
+        published: dict[int | None, dict[str, Tensor | None]]
+        published = {source: {} for source in self.sources if source is not None}
+        for index, source in enumerate(self.sources):
+            reads, writes = published.get(source), published.get(index)
+            if reads is None and writes is None:
+                yield context
+            else:
+                yield dataclasses.replace(context, source=reads, published=writes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on `[..., D]`: `[..., V]`."""
@@ -150,12 +229,7 @@ class HybridLM(nn.Module):
 
     def step(self, tokens_B: Tensor, states: Sequence[State]) -> Tensor:
         """One decode step: logits `[B, V]` after the tokens `[B]`; updates `states` in place."""
-        x_BD = self.embedding(tokens_B)
-        if self.layout.embedding_multiplier != 1.0:
-            x_BD = x_BD * self.layout.embedding_multiplier
-        for block, state in zip(self.blocks, states, strict=True):
-            x_BD = block.step(x_BD, state)  # type: ignore[operator]
-        return self.logits(self.norm_f(x_BD))
+        return self.logits(self.norm_f(self.step_blocks(self._embed(tokens_B), states)))
 
     def loss(
         self,

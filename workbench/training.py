@@ -89,7 +89,10 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run left: its curve (step, tokens, seconds, loss in nats, lr) and its length."""
+    """What a run left: its curve (step, tokens, seconds, loss in nats, lr) and its length.
+
+    The loss is the cross entropy alone, without what layers add (`Context.add_loss`).
+    """
 
     curve: list[dict[str, float]]
     steps: int
@@ -204,8 +207,10 @@ class _Run:
         batch = self.data.train_batch(self.step, config.batch_size, config.seq_len).to(device)
         half = config.precision == "bfloat16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            loss = self.model.loss(batch.inputs_BT, batch.targets_BT, batch.context)
-        loss.backward()  # type: ignore[no-untyped-call]
+            added: list[Tensor] = []
+            context = dataclasses.replace(batch.context, losses=added)
+            loss = self.model.loss(batch.inputs_BT, batch.targets_BT, context)
+        sum(added, loss).backward()  # type: ignore[no-untyped-call]
         if config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         for optimizer in self.optimizers:
@@ -282,8 +287,8 @@ def _optimizer_state(
 def save_weights(model: HybridLM, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a model's parameters and buffers as safetensors; tied weights once."""
     state = model.state_dict()
-    if model.layout.tie_embeddings:
-        del state["lm_head.weight"]
+    for name in model.tied.keys() & state.keys():
+        del state[name]
     with replacing(path) as temporary:
         _save({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
 
@@ -308,8 +313,9 @@ def load_weights(model: HybridLM, path: Path) -> None:
         state = load_file(path, device=str(model.device))
     except Exception as error:
         raise WorkbenchError(f"cannot read the weights {path}: {error}") from None
-    if model.layout.tie_embeddings and "embedding.weight" in state:
-        state["lm_head.weight"] = state["embedding.weight"]
+    for name, key in model.tied.items():
+        if key in state:
+            state[name] = state[key]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -29,6 +29,12 @@ class Attention(Layer):
     """Causal grouped-query attention; see `AttentionConfig`.
 
     A bidirectional prefix (`Context.prefix_lengths_B`) must lie wholly in a row's first call.
+
+    Publishes what this call's queries attend to, for blocks that read this one: `keys` and `values`
+    `[B, K, S, P]`, keys turned by their position, of every token in reach, this call's included
+    (oldest first, but for a step of a full sliding window, whose oldest is overwritten in place);
+    and `mask`, `[B or 1, H or 1, T, S]`, bool (True: seen) or added to the scores, or None for all
+    that causality leaves.
     """
 
     Config = AttentionConfig
@@ -129,19 +135,21 @@ class Attention(Layer):
         state.extend(k_BKTP, v_BKTP, context)
         return self._output(y_BHTP)
 
-    def step(self, x_BD: Tensor, state: KVCache) -> Tensor:
+    def step(self, x_BD: Tensor, state: KVCache, context: Context = PLAIN) -> Tensor:
         state.reserve(1)
         q_BH1P, k_BK1P, v_BK1P = self._project(x_BD[:, None], start=state.length)
         state.append(k_BK1P, v_BK1P)
-        seen = state.filled
         # The query heads of a group stand in for its queries: SDPA then reads each key once.
         q_BKGP = q_BH1P.reshape(q_BH1P.shape[0], self.heads.kv, -1, self.heads.dim)
+        k_BKSP = state.keys_BHLP[:, :, : state.filled].to(q_BKGP.dtype)
+        v_BKSP = state.values_BHLP[:, :, : state.filled].to(q_BKGP.dtype)
+        mask_BKGS = self._step_mask(state, q_BKGP)
+        if context.published is not None:
+            # From key-value heads and their groups to query heads; a head dimension of 1 stays.
+            mask_BH1S = None if mask_BKGS is None else mask_BKGS.flatten(1, 2)[:, :, None]
+            context.publish(keys=k_BKSP, values=v_BKSP, mask=mask_BH1S)
         y_BKGP = F.scaled_dot_product_attention(
-            q_BKGP,
-            state.keys_BHLP[:, :, :seen].to(q_BKGP.dtype),
-            state.values_BHLP[:, :, :seen].to(q_BKGP.dtype),
-            attn_mask=self._step_mask(state, q_BKGP),
-            scale=self.scale,
+            q_BKGP, k_BKSP, v_BKSP, attn_mask=mask_BKGS, scale=self.scale
         )
         return self.o_proj(y_BKGP.reshape(x_BD.shape[0], -1))  # type: ignore[no-any-return]
 
@@ -187,6 +195,7 @@ class Attention(Layer):
             )
             distance_TS = distances(q_BHTP.shape[2], num_past, q_BHTP.device)
             mask_BHTS = self._biased(seen_B1TS, distance_TS, q_BHTP)
+        context.publish(keys=k_BKTP, values=v_BKTP, mask=mask_BHTS)
         return F.scaled_dot_product_attention(
             q_BHTP,
             k_BKTP,

@@ -96,7 +96,7 @@ def _write_weights(path: Path, model: HybridLM) -> int:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.layout.tie_embeddings:
+        if name in model.tied:
             continue
         stored = tensor.detach().cpu().contiguous()
         # The format knows no sharing.

@@ -39,6 +39,7 @@ def build(layout: Layout) -> HybridLM:
             quantizer = QUANTIZERS[block.quantizer.name]
             config: Any = from_dict(quantizer.Config, block.quantizer.config)
             quantizer.quantize(built, config)
+    model.tie_weights()
     return model
 
 

@@ -212,7 +212,7 @@ class Mamba(Layer):
             state.ssm_BCN.copy_(ssm_BCN.detach())
         return self._output(y_BTC, z_BTC)
 
-    def step(self, x_BD: Tensor, state: MambaState) -> Tensor:
+    def step(self, x_BD: Tensor, state: MambaState, context: Context = PLAIN) -> Tensor:
         x_BC, z_BC = self.in_proj(x_BD).chunk(2, -1)
         weight_CW = self.conv1d.weight.squeeze(1)
         x_BC = causal_conv1d_update(state.conv_BCW, x_BC, weight_CW, self.conv1d.bias, "silu")

@@ -99,8 +99,8 @@ class Mamba2(Layer):
     ) -> None:
         super().__init__(d_model, config)
         self.inner, self.heads = config.d_inner(d_model), config.heads(d_model)
-        self.shared = config.n_groups * config.d_state
-        channels = self.inner + 2 * self.shared
+        self.group_channels = config.n_groups * config.d_state
+        channels = self.inner + 2 * self.group_channels
         rows = self.inner + channels + self.heads
         self.in_proj = nn.Linear(d_model, rows, config.bias, device, dtype)
         self.conv1d = nn.Conv1d(
@@ -233,7 +233,7 @@ class Mamba2(Layer):
             state.ssm_BHPN.copy_(ssm_BHPN.detach())
         return self.out_proj(self.norm(y_BTHP.flatten(-2), z_BTI))  # type: ignore[no-any-return]
 
-    def step(self, x_BD: Tensor, state: Mamba2State) -> Tensor:
+    def step(self, x_BD: Tensor, state: Mamba2State, context: Context = PLAIN) -> Tensor:
         z_BI, xBC_BC, dt_BH = self._project(x_BD)
         weight_CW = self.conv1d.weight.squeeze(1)
         xBC_BC = causal_conv1d_update(state.conv_BCW, xBC_BC, weight_CW, self.conv1d.bias, "silu")
@@ -247,7 +247,7 @@ class Mamba2(Layer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate `[..., I]`, the convolution's input `[..., C]`, step sizes `[..., H]` in float32."""
-        widths = [self.inner, self.inner + 2 * self.shared, self.heads]
+        widths = [self.inner, self.inner + 2 * self.group_channels, self.heads]
         z, xBC, dt = torch.split(self.in_proj(x), widths, -1)
         dt = F.softplus(upcast(dt) + upcast(self.dt_bias))
         low, high = self.config.dt_limit_min, self.config.dt_limit_max
@@ -255,7 +255,7 @@ class Mamba2(Layer):
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[..., H, P]`, B and C `[..., G, N]` of the convolution's output `[..., C]`."""
-        x, B, C = torch.split(xBC, [self.inner, self.shared, self.shared], -1)
+        x, B, C = torch.split(xBC, [self.inner, self.group_channels, self.group_channels], -1)
         groups = (self.config.n_groups, self.config.d_state)
         return (
             torch.unflatten(x, -1, (self.heads, self.config.headdim)),

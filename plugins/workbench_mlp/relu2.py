@@ -68,5 +68,5 @@ class ReLU2MLP(Layer):
     ) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x_BTD)).square())  # type: ignore[no-any-return]
 
-    def step(self, x_BD: Tensor, state: State) -> Tensor:
+    def step(self, x_BD: Tensor, state: State, context: Context = PLAIN) -> Tensor:
         return self.forward(x_BD)

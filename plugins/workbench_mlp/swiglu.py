@@ -70,5 +70,5 @@ class SwiGLU(Layer):
         inner = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
         return self.down_proj(inner)  # type: ignore[no-any-return]
 
-    def step(self, x_BD: Tensor, state: State) -> Tensor:
+    def step(self, x_BD: Tensor, state: State, context: Context = PLAIN) -> Tensor:
         return self.forward(x_BD)

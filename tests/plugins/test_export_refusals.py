@@ -54,7 +54,7 @@ class Forgetful(Fickle):
 class Leaky(Fickle):
     """Its step is not its forward."""
 
-    def step(self, x_BD, state):
+    def step(self, x_BD, state, context=PLAIN):
         return x_BD.flip(-1)
 
 

@@ -100,7 +100,9 @@ class Workspace:
         self._own: dict[tuple[str, torch.dtype], Tensor] = {}
         # Subclasses stand for tensors of another kind (tracing, sharding): nothing to share.
         is_plain = type(like) in (Tensor, Parameter) and like.device.type == "cpu"
-        self._kept = _kept_buffers() if is_plain else self._own
+        # A compiled graph cannot write to what outlives it, and manages its memory itself.
+        keeps = is_plain and not torch.compiler.is_compiling()
+        self._kept = _kept_buffers() if keeps else self._own
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised contiguous tensor; what was taken under this name before is gone."""

@@ -40,7 +40,7 @@ class SeesOnlyThePast(ToyMixer):
 
 
 class StepForgetsBias(ToyMixer):
-    def step(self, x_BD, state):
+    def step(self, x_BD, state, context=PLAIN):
         bias = self.in_proj.bias
         self.in_proj.bias = None
         try:

@@ -16,6 +16,11 @@ class LayerContract(OutputTests, TrainingTests, BookkeepingTests):
 
     Outputs are compared in float64, so that a difference is a mistake and no rounding.
 
+    A layer that builds on an earlier block overrides `earlier`, and is tested together with it:
+
+        def earlier(self, config):
+            return [("attention", Attention, Attention.Config(num_heads=4))]
+
     Class attributes:
         layer: the class under test.
         configs: Config instances that can be built at `d_model`; cover every branch of the layer.
@@ -26,6 +31,8 @@ class LayerContract(OutputTests, TrainingTests, BookkeepingTests):
         straight_through: True for a layer with a straight-through estimator (quantization-aware
             training), whose gradients are no derivatives: they are then not held against finite
             differences.
+        name: the layer's own in the layouts that `Layer.source` is given, `"under-test"`.
+        in_model: True for a layer that needs a model around it (`Context.embedding_BTD`).
     """
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from workbench.config import to_dict
 from workbench.layer import PLAIN, Context, Layer, State
 from workbench.layout import Block, Layout
 from workbench.model import HybridLM
@@ -23,6 +25,23 @@ class LayerSuite(ConfigContract):
     tolerance: ClassVar[float] = 1e-9
     float32_tolerance: ClassVar[float] = 1e-4
     straight_through: ClassVar[bool] = False
+    name: ClassVar[str] = "under-test"
+    in_model: ClassVar[bool] = False
+
+    def earlier(self, config: Any) -> Sequence[tuple[str, type[Layer], Any]]:
+        """Name, class and Config of the blocks before the layer's own, from the input up.
+
+        For a layer that builds on an earlier block (`Layer.source`): the layer is then tested
+        together with them, as in a model.
+        """
+        return ()
+
+    def construct(self, config: Any, **factory: Any) -> Layer:
+        """The layer, or a `Stack` of it on what it builds on; not initialised."""
+        blocks = [*self.earlier(config), (self.name, self.layer, config)]
+        if len(blocks) == 1 and not self.in_model:
+            return self.layer(self.d_model, config, **factory)
+        return Stack(self.d_model, blocks, **factory)
 
     def build(self, config: Any, *, seed: int = 0) -> Layer:
         """A layer in float64, initialised as in a model and then disturbed.
@@ -30,7 +49,7 @@ class LayerSuite(ConfigContract):
         Without the disturbance a bias that starts at zero, or a norm weight that starts at one,
         could be forgotten in `step` and nobody would see.
         """
-        layer = self.layer(self.d_model, config, dtype=torch.float64)
+        layer = self.construct(config, dtype=torch.float64)
         initialise(layer, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -54,16 +73,74 @@ class LayerSuite(ConfigContract):
         return max(self.lengths)
 
 
+@dataclasses.dataclass
+class StackState(State):
+    """One state a block."""
+
+    blocks: list[State] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(state.num_bytes for state in self.blocks)
+
+    def select(self, indices_B: Tensor) -> StackState:
+        return StackState([state.select(indices_B) for state in self.blocks])
+
+
+class Stack(Layer):
+    """A model's residual stream as one layer: what is true of a layer must be true of it.
+
+    Attributes:
+        model: whose blocks it runs; its embedding and head stay out of it.
+    """
+
+    model: HybridLM
+
+    def __init__(
+        self, d_model: int, blocks: Sequence[tuple[str, type[Layer], Any]], **factory: Any
+    ) -> None:
+        super().__init__(d_model, None)
+        layout = Layout(
+            d_model=d_model,
+            vocab_size=1,
+            blocks=tuple(Block(layer=name, config=to_dict(config)) for name, _, config in blocks),
+        )
+        layers = [layer(d_model, config, **factory) for _, layer, config in blocks]
+        model = HybridLM(layout, layers, **factory)
+        for module in (model.embedding, model.norm_f, model.lm_head):
+            module.to_empty(device="meta")  # drawing their weights would move the generator
+        object.__setattr__(self, "model", model)
+        self.blocks = model.blocks
+
+    def init_state(self, batch_size: int, max_length: int, **factory: Any) -> StackState:
+        states = [
+            layer.init_state(batch_size, max_length, **factory) for layer in self.model.layers
+        ]
+        return StackState(states)
+
+    def forward(
+        self, x_BTD: Tensor, context: Context = PLAIN, state: StackState | None = None
+    ) -> Tensor:
+        return self.model.run_blocks(x_BTD, context, None if state is None else state.blocks)
+
+    def step(self, x_BD: Tensor, state: StackState, context: Context = PLAIN) -> Tensor:
+        return self.model.step_blocks(x_BD, state.blocks)
+
+
 def initialise(layer: Layer, *, seed: int) -> None:
     """Give a layer the initial weights it would have as a model's only block.
 
     Linears are drawn with the standard deviation `d_model ** -0.5` instead of the model's 0.02, so
     that outputs are of order one and a wrong one is visible. The global generator is untouched.
     """
-    layout = Layout(d_model=layer.d_model, vocab_size=1, blocks=(Block(layer="under-test"),))
+    if isinstance(layer, Stack):
+        model = layer.model
+    else:
+        block = Block(layer="under-test", config=to_dict(layer.config))
+        model = HybridLM(Layout(d_model=layer.d_model, vocab_size=1, blocks=(block,)), [layer])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        HybridLM(layout, [layer]).reset_parameters(std=layer.d_model**-0.5)
+        model.reset_parameters(std=layer.d_model**-0.5)
 
 
 @torch.no_grad()

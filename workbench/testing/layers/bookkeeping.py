@@ -10,6 +10,7 @@ from torch import nn
 from workbench import config as configs
 from workbench.costs import Costs
 from workbench.errors import FieldError
+from workbench.testing.advice import concerns
 from workbench.testing.allocations import Allocations
 from workbench.testing.configs import names_a_field, searched_fields, searched_values, with_value
 from workbench.testing.layers.base import LayerSuite
@@ -21,7 +22,10 @@ class BookkeepingTests(LayerSuite):
     """Tests of `costs`, `check`, `init_state` sizes, the meta device and class attributes."""
 
     def test_class_attributes(self) -> None:
-        """Kind, glyph and reference are set; the configs are instances of `Config`."""
+        """Kind, glyph and reference are set; the configs are instances of `Config`.
+
+        Mend: Set `kind`, `glyph` (one character, no '?') and `reference` on the class.
+        """
         assert self.layer.kind in ("attention", "recurrent", "mlp")
         assert len(self.layer.glyph) == 1
         assert self.layer.glyph != "?", "'?' stands for a layer without a glyph"
@@ -29,16 +33,26 @@ class BookkeepingTests(LayerSuite):
         for config in self.configs:
             assert isinstance(config, self.layer.Config)
 
+    @concerns("__init__")
     def test_meta_device_allocates_nothing(self, config: Any) -> None:
-        """Construction on the meta device takes no memory, whatever the size."""
+        """Construction on the meta device takes no memory, whatever the size.
+
+        Mend: In the constructor pass `device` and `dtype` on to every tensor and module
+        (`**factory`), and compute nothing there: move it to `reset_parameters` or `forward`.
+        """
         with Allocations() as allocations:
             layer = self.layer(self.d_model, config, device="meta", dtype=torch.bfloat16)
         assert allocations.operations == []
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
             assert tensor.device.type == "meta", name
 
+    @concerns("costs")
     def test_costs_count_parameters(self, config: Any) -> None:
-        """`costs().parameters` is the number of trainable numbers, at any length."""
+        """`costs().parameters` is the number of trainable numbers, at any length.
+
+        Mend: Correct `costs().parameters`: biases, norms and convolutions count, and it does not
+        depend on the length.
+        """
         self.layer.check(self.d_model, config)
         expected = self._parameters(config)
         for length in LENGTHS:
@@ -47,8 +61,22 @@ class BookkeepingTests(LayerSuite):
             assert costs.active_parameters is not None
             assert 0 <= costs.active_parameters <= expected
 
+    def test_costs_count_own_parameters(self, config: Any) -> None:
+        """`costs().own_parameters` is what a block holds that takes the `shared` modules."""
+        layer = self.layer(self.d_model, config, device="meta")
+        for name in layer.shared:
+            delattr(layer, name)
+        expected = sum(parameter.numel() for parameter in layer.parameters())
+        assert self._costs(config, 1).own_parameters == expected
+
+    @concerns("costs", "init_state")
     def test_costs_count_state_bytes(self, config: Any) -> None:
-        """`costs().state_bytes` is what `init_state` allocates, for every dtype and batch size."""
+        """`costs().state_bytes` is what `init_state` allocates, for every dtype and batch size.
+
+        Mend: Make `costs().state_bytes` the bytes of one row of `init_state`'s tensors:
+        `bytes_per_element` a number in the given dtype, 4 where the state is always float32; and
+        let `init_state` use the dtype and device it is given.
+        """
         layer = self.layer(self.d_model, config, device="meta")
         for length in LENGTHS:
             for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
@@ -59,9 +87,14 @@ class BookkeepingTests(LayerSuite):
                         f"{dtype}, length {length}, batch size {batch_size}"
                     )
 
+    @concerns("forward", "step")
     @torch.no_grad()
     def test_states_do_not_grow(self, config: Any) -> None:
-        """A state is updated in place: it never holds more than `init_state` allocated."""
+        """A state is updated in place: it never holds more than `init_state` allocated.
+
+        Mend: Allocate all that the state will ever hold in `init_state`, and keep shape and dtype
+        when `forward` and `step` update it: no concatenating, and cast before assigning.
+        """
         layer = self.build(config)
         x_BTD = self.inputs(2, 9)
         state = self.state(layer, 2, 9)
@@ -70,8 +103,13 @@ class BookkeepingTests(LayerSuite):
         layer.step(x_BTD[:, 8], state)
         assert state.num_bytes == allocated
 
+    @concerns("costs")
     def test_costs_are_plausible(self, config: Any) -> None:
-        """FLOPs cover the linears and grow with the length; a recurrent state is bounded."""
+        """FLOPs cover the linears and grow with the length; a recurrent state is bounded.
+
+        Mend: Correct `costs`: plain ints, forward FLOPs of at least 2 a weight and token, a state
+        that is bounded for `recurrent` and empty for `mlp`.
+        """
         rows = [self._costs(config, length) for length in (1, 100, 10_000, 100_000)]
         for row in rows:
             for name in ("forward_flops", "decode_flops", "state_bytes", "decode_state_bytes"):
@@ -90,8 +128,13 @@ class BookkeepingTests(LayerSuite):
             assert rows[0].decode_flops >= linears, "decode_flops are below those of the linears"
             assert rows[1].forward_flops >= 100 * linears, "forward_flops are below the linears'"
 
+    @concerns("check", "Config")
     def test_search_ranges(self) -> None:
-        """Every value that a search could draw is built, or refused with a field named."""
+        """Every value that a search could draw is built, or refused with a field named.
+
+        Mend: Narrow the field's range to what can be built, or refuse the combination in `check`
+        with a FieldError that names one of the Config's fields.
+        """
         for field in searched_fields(self.layer.Config):
             built = 0
             for value in searched_values(field.domain):
@@ -119,8 +162,12 @@ class BookkeepingTests(LayerSuite):
             return error
         return None
 
+    @concerns("keep_precision")
     def test_keep_precision_names_submodules(self) -> None:
-        """Each name of `keep_precision` is a submodule of some configuration, with a reason."""
+        """Each name of `keep_precision` is a submodule of some configuration, with a reason.
+
+        Mend: Write names of submodules as `named_modules()` gives them, each with the reason.
+        """
         names = {
             name
             for config in self.configs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.layer import PLAIN, Context
+from workbench.testing.advice import concerns
 from workbench.testing.layers.base import (
     LayerSuite,
     assert_close,
@@ -22,9 +23,14 @@ from workbench.testing.layers.base import (
 class OutputTests(LayerSuite):
     """Tests of `forward`, `step` and the Context."""
 
+    @concerns("forward")
     @torch.no_grad()
     def test_causality(self, config: Any) -> None:
-        """A token changes its own output and later ones, never an earlier one."""
+        """A token changes its own output and later ones, never an earlier one.
+
+        Mend: Look for what reaches across tokens in `forward`: a mean or norm over dim 1, a
+        convolution padded on the right, attention without its causal mask, `flip` or `roll`.
+        """
         layer, length = self.build(config), self.longest
         x_BTD = self.inputs(2, length)
         before_BTD = layer(x_BTD)
@@ -38,9 +44,14 @@ class OutputTests(LayerSuite):
             moved = (after_BTD[:, cut] - before_BTD[:, cut]).abs().max()
             assert moved > self.tolerance, f"output {cut} does not depend on token {cut}"
 
+    @concerns("step", "forward", "init_state")
     @torch.no_grad()
     def test_prefill_and_steps_equal_forward(self, config: Any) -> None:
-        """Whole, into a state, in uneven chunks, or token by token: the same outputs."""
+        """Whole, into a state, in uneven chunks, or token by token: the same outputs.
+
+        Mend: Let `forward` with a state, and `step`, compute what `forward` alone does: start from
+        what `state` holds, and write back all that later tokens need, biases and gates included.
+        """
         layer = self.build(config)
         for length in self.lengths:
             x_BTD = self.inputs(2, length)
@@ -57,9 +68,14 @@ class OutputTests(LayerSuite):
                 what = f"{mode} against forward, length {length}"
                 assert_close(actual_BTD, expected_BTD, self.tolerance, what)
 
+    @concerns("step", "forward")
     @torch.no_grad()
     def test_steps_continue_a_prefill(self, config: Any) -> None:
-        """Decoding after a prompt equals the forward over both."""
+        """Decoding after a prompt equals the forward over both.
+
+        Mend: Write the state at the end of `forward(x, context, state)` exactly as `step` would
+        have left it after the same tokens, and in place (assign to the given state's fields).
+        """
         layer, length = self.build(config), self.longest
         x_BTD = self.inputs(2, length)
         cut = max(1, length // 2)
@@ -70,9 +86,14 @@ class OutputTests(LayerSuite):
             expected_BTD = layer(x_BTD)[:, cut:]
             assert_close(actual_BTD, expected_BTD, self.tolerance, "steps after a prefill")
 
+    @concerns("init_state")
     @torch.no_grad()
     def test_selected_states_go_their_own_way(self, config: Any) -> None:
-        """`State.select` copies rows: beams share a past and no future."""
+        """`State.select` copies rows: beams share a past and no future.
+
+        Mend: Let `State.select` return copies of the rows (the inherited one does, for tensors
+        whose dim 0 is the batch); keep nothing outside the state's tensors.
+        """
         layer, length = self.build(config), 7
         x_BTD = self.inputs(2, length + 2)
         state = self.state(layer, 2, length + 2)
@@ -87,9 +108,15 @@ class OutputTests(LayerSuite):
         expected_BTD = layer(x_BTD)[:, -2:]
         assert_close(original_BTD, expected_BTD, self.tolerance, "rows selected from, afterwards")
 
+    @concerns("forward")
     @pytest.mark.parametrize("padding", [1, 4, 30])
     def test_left_padding_leaks_nothing(self, config: Any, padding: int) -> None:
-        """Outputs, gradients and further steps are those of the row without its padding."""
+        """Outputs, gradients and further steps are those of the row without its padding.
+
+        Mend: Use `context.attention_mask_BT`: recurrent layers take in zeros there
+        (`context.mask_padding`, after what adds a bias), attention masks those keys, and a position
+        counts from the first real token.
+        """
         layer, length = self.build(config), padding + 5
         x_BTD = 3 * self.inputs(2, length + 2)
         mask_BT = torch.ones(2, length, dtype=torch.bool)
@@ -121,8 +148,13 @@ class OutputTests(LayerSuite):
             ):
                 assert_close(actual, expected, self.tolerance, what + which)
 
+    @concerns("forward")
     def test_padding_stays_finite(self, config: Any) -> None:
-        """A row of nothing but padding yields numbers, and so do its gradients."""
+        """A row of nothing but padding yields numbers, and so do its gradients.
+
+        Mend: Divide by nothing that can be zero in a row of padding, and fill masked scores with a
+        large finite number or guard the softmax.
+        """
         layer = self.build(config)
         mask_BT = torch.ones(2, 7, dtype=torch.bool)
         mask_BT[0] = False
@@ -133,8 +165,13 @@ class OutputTests(LayerSuite):
         assert y_BTD.isfinite().all(), "outputs at padding"
         assert gradient_BTD.isfinite().all(), "gradients at padding"
 
+    @concerns("forward")
     def test_documents_of_a_packed_row_are_strangers(self, config: Any) -> None:
-        """Outputs and gradients of each document are those it has alone."""
+        """Outputs and gradients of each document are those it has alone.
+
+        Mend: Use `context.seq_idx_BT`: start anew (state, convolution, attention) wherever it
+        differs from the token before, in the backward pass too.
+        """
         layer = self.build(config)
         rows = ((1, 7, 33), (20, 1, 1, 19), (41,))
         length = 41
@@ -157,9 +194,14 @@ class OutputTests(LayerSuite):
         for actual, expected, what in gradients:
             assert_close(actual, expected, self.tolerance, what)
 
+    @concerns("forward")
     @torch.no_grad()
     def test_a_state_belongs_to_one_document(self, config: Any) -> None:
-        """A packed call continues the state's document first, and leaves its last one in it."""
+        """A packed call continues the state's document first, and leaves its last one in it.
+
+        Mend: With a state and `seq_idx_BT`, let only the first document of the call continue the
+        state, and leave only the last one's in it.
+        """
         layer = self.build(config)
         x_BTD = self.inputs(2, 22)
         rows = ((13, 9), (6, 13, 3))
@@ -174,9 +216,14 @@ class OutputTests(LayerSuite):
             what = f"documents of row {row}, continuing a state, and steps after them"
             assert_close(actual_BTD[row], expected_BTD[0, 5:], self.tolerance, what)
 
+    @concerns("forward")
     @torch.no_grad()
     def test_prefix(self, config: Any) -> None:
-        """Attention sees a prefix in both directions; nobody sees past it; decoding agrees."""
+        """Attention sees a prefix in both directions; nobody sees past it; decoding agrees.
+
+        Mend: Attention lets the first `context.prefix_lengths_B` tokens see one another in both
+        directions and nothing after them; any other kind ignores prefix lengths.
+        """
         layer, length = self.build(config), 9
         x_BTD = self.inputs(2, length)
         prefix = Context(prefix_lengths_B=torch.tensor([5, 3]))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workbench.layer import PLAIN, Layer
+from workbench.testing.advice import concerns
 from workbench.testing.layers.base import LayerSuite, assert_close, initialise, run_steps
 
 STEP = 1e-6  # of finite differences: in float64 neither rounding nor curvature shows
@@ -18,8 +19,14 @@ STEP = 1e-6  # of finite differences: in float64 neither rounding nor curvature 
 class TrainingTests(LayerSuite):
     """Tests of gradients, precisions, initialisation and weights on disk."""
 
+    @concerns("forward")
     def test_gradients(self, config: Any) -> None:
-        """Every parameter has a finite gradient, and all agree with finite differences."""
+        """Every parameter has a finite gradient, and all agree with finite differences.
+
+        Mend: Look for `detach`, `.data`, `no_grad`, or a parameter that `forward` never uses; in an
+        autograd Function, for a wrong `backward`. If a straight-through estimator is meant, set
+        `straight_through = True` in the suite of your tests.
+        """
         layer = self.build(config)
         x_BTD = self.inputs(2, self.longest).requires_grad_()
         layer(x_BTD).square().sum().backward()
@@ -56,9 +63,13 @@ class TrainingTests(LayerSuite):
                 f"finite differences give {numeric:.9g}"
             )
 
+    @concerns("forward")
     @torch.no_grad()
     def test_float32(self, config: Any) -> None:
-        """Forward, and prefill with steps, in float32 stay near float64."""
+        """Forward, and prefill with steps, in float32 stay near float64.
+
+        Mend: Round to nothing narrower than the inputs' dtype, and sum long products in float32.
+        """
         layer, length = self.build(config), self.longest
         x_BTD = self.inputs(2, length)
         expected_BTD = layer(x_BTD)
@@ -76,8 +87,13 @@ class TrainingTests(LayerSuite):
             assert actual_BTD.dtype == torch.float32
             assert_close(actual_BTD, expected_BTD, self.float32_tolerance, f"{what} in float32")
 
+    @concerns("forward", "init_state")
     def test_bfloat16(self, config: Any) -> None:
-        """In bfloat16 outputs, steps and gradients are bfloat16 and finite."""
+        """In bfloat16 outputs, steps and gradients are bfloat16 and finite.
+
+        Mend: Make every tensor with the inputs' dtype and device (`x.new_zeros`, `torch.zeros(...,
+        dtype=x.dtype)`), cast constants, and give the output back in the inputs' dtype.
+        """
         layer = self.build(config).to(torch.bfloat16)
         x_BTD = self.inputs(2, 7).bfloat16().requires_grad_()
         state = layer.init_state(2, 9, dtype=torch.bfloat16)
@@ -92,8 +108,13 @@ class TrainingTests(LayerSuite):
             assert tensor.dtype == torch.bfloat16, f"{name} is {tensor.dtype}"
             assert tensor.isfinite().all(), f"{name} in bfloat16"
 
+    @concerns("forward", "reset_parameters")
     def test_determinism(self, config: Any) -> None:
-        """Same seed, same weights; same weights, the same bits of outputs and gradients."""
+        """Same seed, same weights; same weights, the same bits of outputs and gradients.
+
+        Mend: Draw nothing at random outside `reset_parameters` (dropout is off in eval), and keep
+        nothing from call to call but in the state.
+        """
         runs = []
         for _ in range(2):
             layer = self.build(config)
@@ -104,9 +125,14 @@ class TrainingTests(LayerSuite):
         for first, second in zip(*runs, strict=True):
             assert torch.equal(first, second)
 
+    @concerns("__init__", "reset_parameters")
     @torch.no_grad()
     def test_save_and_load(self, config: Any, tmp_path: Path) -> None:
-        """Weights survive safetensors: a layer that loads them gives the same bits."""
+        """Weights survive safetensors: a layer that loads them gives the same bits.
+
+        Mend: Register whatever is drawn or learned as a parameter or a persistent buffer; a
+        non-persistent buffer is computed from the config alone, in `forward`.
+        """
         layer, other = self.build(config), self.build(config, seed=1)
         x_BTD = self.inputs(2, 7)
         expected_BTD = layer(x_BTD)
@@ -116,12 +142,17 @@ class TrainingTests(LayerSuite):
         other.load_state_dict(load_file(tmp_path / "layer.safetensors"), strict=True)
         assert torch.equal(other(x_BTD), expected_BTD)
 
+    @concerns("reset_parameters", "__init__")
     @torch.no_grad()
     def test_reset_parameters_needs_no_constructor(self, config: Any) -> None:
-        """`reset_parameters` fills everything: meta device, `to_empty`, reset equals a build."""
-        built = self.layer(self.d_model, config, dtype=torch.float64)
+        """`reset_parameters` fills everything: meta device, `to_empty`, reset equals a build.
+
+        Mend: Only allocate in the constructor, and set every parameter and buffer that is no plain
+        linear's in `reset_parameters`.
+        """
+        built = self.construct(config, dtype=torch.float64)
         initialise(built, seed=3)
-        emptied = self.layer(self.d_model, config, device="meta", dtype=torch.float64)
+        emptied = self.construct(config, device="meta", dtype=torch.float64)
         emptied = emptied.to_empty(device="cpu")
         for tensor in [*emptied.parameters(), *emptied.buffers()]:
             if tensor.is_floating_point():
@@ -132,8 +163,13 @@ class TrainingTests(LayerSuite):
         x_BTD = self.inputs(1, 7)
         assert torch.equal(emptied(x_BTD), built(x_BTD)), "outputs after to_empty"
 
+    @concerns("output_projection")
     def test_output_projection(self) -> None:
-        """`output_projection`, if any, names a submodule with a weight in every configuration."""
+        """`output_projection`, if any, names a submodule with a weight in every configuration.
+
+        Mend: Set `output_projection` to the name of the linear that writes to the residual stream,
+        or to None.
+        """
         name = self.layer.output_projection
         for config in self.configs:
             layer = self.layer(self.d_model, config, device="meta")
