@@ -87,13 +87,19 @@ PLAIN = Context()
 class State:
     """What a layer carries from token to token; subclasses add tensors whose dim 0 is the batch.
 
-    The base class itself is the state of a layer that carries nothing.
+    A layer made of layers nests their states. The base class itself is the state of a layer that
+    carries nothing.
     """
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by field name."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        """The state's tensors by field name, those of a nested state as `field.name`."""
+        tensors: dict[str, Tensor] = {}
+        for field, value in self._values().items():
+            if isinstance(value, State):
+                tensors |= {f"{field}.{name}": inner for name, inner in value.tensors().items()}
+            elif isinstance(value, Tensor):
+                tensors[field] = value
+        return tensors
 
     @property
     def num_bytes(self) -> int:
@@ -102,8 +108,16 @@ class State:
 
     def select(self, indices_B: Tensor) -> Self:
         """A state of the given rows, copied (beam search reorders with it)."""
-        rows = {name: tensor.index_select(0, indices_B) for name, tensor in self.tensors().items()}
+        rows: dict[str, Any] = {}
+        for field, value in self._values().items():
+            if isinstance(value, State):
+                rows[field] = value.select(indices_B)
+            elif isinstance(value, Tensor):
+                rows[field] = value.index_select(0, indices_B)
         return dataclasses.replace(self, **rows)
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class Layer(nn.Module):

@@ -4,7 +4,7 @@ Runs on torch's scaled_dot_product_attention on every device; weights are named 
 Llama, Qwen3, Mistral and Granite attention, whose state dicts load as they are.
 
 Shape suffixes: B batch, T tokens in this call, D d_model, H query heads, K key-value heads,
-G = H / K query heads a key-value head, P head dim, S keys seen.
+G = H / K query heads a key-value head, P head dim, C = H P or K P channels, S keys seen.
 """
 
 from __future__ import annotations
@@ -155,10 +155,14 @@ class Attention(Layer):
 
     def _project(self, x_BTD: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, T, P]`, keys and values `[B, K, T, P]` of the positions from `start`."""
-        split = (*x_BTD.shape[:2], -1, self.heads.dim)
-        q_BTHP = self.q_proj(x_BTD).view(split)
-        k_BTKP = self.k_proj(x_BTD).view(split)
-        v_BTKP = self.v_proj(x_BTD).view(split)
+        return self._in_heads(self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD), start)
+
+    def _in_heads(
+        self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What was projected, split into heads, normed and turned; see `_project`."""
+        split = (*q_BTC.shape[:2], -1, self.heads.dim)
+        q_BTHP, k_BTKP, v_BTKP = q_BTC.view(split), k_BTC.view(split), v_BTC.view(split)
         if self.config.qk_norm:
             q_BTHP, k_BTKP = _norm(self.q_norm, q_BTHP), _norm(self.k_norm, k_BTKP)
         if self.config.position == "rope":
