@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.workbench.conftest import STUDY, make_config
 from workbench import Block, Layout
-from workbench.builder import default_builder
+from workbench.builder import Builder
 from workbench.layer import Context
 from workbench.measuring import decode_time, peak_memory, prefill_time
 from workbench.study import run_study
@@ -25,12 +27,25 @@ LAYERS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "swiglu": {},
     "relu2_mlp": {},
+    "linear-attention": {},
+    "gated-deltanet": {},
+    "rwkv7": {},
+    "rwkv7-channel-mix": {},
+    "parallel-hybrid": {"head_dim": 16, "headdim": 16, "d_state": 16},
+    "shared-attention": {"num_heads": 4, "adapter_rank": 8},
+    "zamba2": {"num_heads": 4, "adapter_rank": 8, "d_state": 16, "headdim": 16},
+    "kv-sharing-attention": {"num_heads": 4, "num_kv_heads": 2},
+    "moe": {"num_experts": 4, "intermediate_size": 32},
+    "sink-attention": {"num_heads": 4, "num_kv_heads": 2},
 }
+PACKAGES = sorted(
+    path.parent for path in Path(__file__).parents[2].glob("plugins/*/pyproject.toml")
+)
 
 
 @pytest.fixture(scope="module")
 def builder():
-    return default_builder()
+    return Builder.load(PACKAGES)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +63,9 @@ def relative(found, wanted):
 
 
 def pair(builder, name, **changes):
-    blocks = (Block(layer=name, config=LAYERS[name]), Block(layer="swiglu"))
+    # Beneath what reads or shares: a block to read, and another of its kind.
+    names = ("attention", name, "swiglu", name)
+    blocks = tuple(Block(layer=name, config=LAYERS[name]) for name in names)
     layout = Layout(d_model=64, vocab_size=97, blocks=blocks).replace(**changes)
     here = builder.build(layout, seed=1)
     there = builder.build(layout, device="cuda", seed=1)
