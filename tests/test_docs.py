@@ -35,7 +35,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_in_documents_exist(page):
-    commands = {path.stem for path in (ROOT / "workbench" / "cli").glob("*.py")}
+    commands = {path.stem.replace("_", "-") for path in (ROOT / "workbench" / "cli").glob("*.py")}
     for command in re.findall(r"(?:^|`)workbench ([a-z][a-z-]+)", page.read_text(), re.M):
         assert command in commands
 
@@ -54,6 +54,6 @@ def test_shipped_studies_are_valid(path):
 
 def test_every_builtin_plugin_has_its_entry_point():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    declared = set(data["project"]["entry-points"]["workbench"].values())
+    declared = set(data["project"]["entry-points"]["workbench.v1"].values())
     folders = {path.parent.name for path in (ROOT / "plugins").glob("workbench_*/__init__.py")}
     assert declared == folders

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.builder import Builder, default_builder
 from workbench.description import STATED, Description, describe_layout
+from workbench.description_conditions import Conditions, conditions_of
 from workbench.errors import FieldError, UnknownNameError, WorkbenchError
 from workbench.layout import Layout
 from workbench.preset import Preset
@@ -94,20 +95,22 @@ def build(
 def describe(
     source: Source,
     *,
-    context: int = 2048,
-    batch_size: int = 1,
-    bytes_per_element: int = 2,
+    context: int | None = None,
+    batch_size: int | None = None,
+    bytes_per_element: int | None = None,
     plugin_dirs: Iterable[str | Path] = (),
     runs: str | Path | None = None,
 ) -> Description:
     """Exact parameters, FLOPs, weight and state bytes, a row a block; nothing is allocated.
 
     Args:
-        source: see the module's docstring; a preset's claim stands beside its exact count.
-        context: tokens of a sequence at which FLOPs and state bytes are given.
-        batch_size: sequences whose states are held.
-        bytes_per_element: of weights that no quantizer stores, and of caches: 2 (bfloat16),
-            4 (float32) or 8.
+        source: see the module's docstring; a preset's claim stands beside its exact count, also
+            for a Layout that equals a preset's.
+        context: tokens of a sequence at which FLOPs and state bytes are given; 2048 if None.
+        batch_size: sequences whose states are held; 1 if None.
+        bytes_per_element: of weights that no quantizer stores, and of caches: 2 (bfloat16; where
+            it is None), 4 (float32) or 8. For a trial, None is what its study's memory metric
+            counts with, of each of the three; the Description says which it was.
         plugin_dirs, runs: as in `load_layout`.
 
     Returns:
@@ -118,20 +121,48 @@ def describe(
             argument that makes no sense.
     """
     for name, value in (("context", context), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise FieldError(name, f"must be at least 1, got {value}")
-    if bytes_per_element not in (2, 4, 8):
+    if bytes_per_element not in (None, 2, 4, 8):
         raise FieldError("bytes_per_element", f"must be 2, 4 or 8, got {bytes_per_element}")
     builder, layout, preset = find(source, plugin_dirs, runs)
+    name = str(source) if isinstance(source, str | Path) else ""
+    if isinstance(source, Layout | Mapping):
+        name, preset = _registered(builder, layout)
+    conditions = _study_conditions(source, builder, plugin_dirs, runs)
     return describe_layout(
         builder,
         layout,
-        context=context,
-        batch_size=batch_size,
-        bytes_per_element=bytes_per_element,
-        name=str(source) if isinstance(source, str | Path) else "",
+        conditions.given(
+            context=context, batch_size=batch_size, bytes_per_element=bytes_per_element
+        ),
+        name=name,
         preset=preset,
     )
+
+
+def _study_conditions(
+    source: Source, builder: Builder, plugin_dirs: Iterable[str | Path], runs: str | Path | None
+) -> Conditions:
+    from workbench.export import trial_builder
+
+    if not _names_trial(source, builder):
+        return Conditions()
+    _, study = trial_builder(load_trial(str(source), runs), tuple(map(Path, plugin_dirs)))
+    return conditions_of(study, builder)
+
+
+def _registered(builder: Builder, layout: Layout) -> tuple[str, Preset | None]:
+    """The preset that has this very layout, and its name."""
+    for name in builder.presets:
+        preset = builder.presets[name]
+        other = preset.layout()
+        # Resolving a deep layout takes milliseconds, and most differ at a glance.
+        if (other.d_model, len(other.blocks)) != (layout.d_model, len(layout.blocks)):
+            continue
+        if builder.resolve(other) == layout:
+            return name, preset
+    return "", None
 
 
 def preset_table(*, plugin_dirs: Iterable[str | Path] = ()) -> str:
@@ -158,14 +189,23 @@ def find(
         return builder, builder.resolve(source), None
     if isinstance(source, Mapping):
         return builder, builder.resolve(Layout.from_dict(source)), None
+    if _names_trial(source, builder):
+        return *_trial(str(source), plugin_dirs, runs), None
     path = Path(source)
-    if not (isinstance(source, str) and source in builder.presets):
-        if path.suffix == ".json" or path.exists() or isinstance(source, Path):
-            return builder, builder.resolve(Layout.read(path)), None
-        if TRIAL.fullmatch(source):
-            return *_trial(source, plugin_dirs, runs), None
+    if isinstance(source, Path):
+        return builder, builder.resolve(Layout.read(path)), None
+    if source not in builder.presets and (path.suffix == ".json" or path.exists()):
+        return builder, builder.resolve(Layout.read(path)), None
     preset = _preset(builder, source)
     return builder, builder.resolve(preset.layout()), preset
+
+
+def _names_trial(source: Source, builder: Builder) -> bool:
+    """Whether it is `STUDY:NUMBER`, and neither a preset nor a file of that name."""
+    if not isinstance(source, str) or source in builder.presets:
+        return False
+    path = Path(source)
+    return TRIAL.fullmatch(source) is not None and path.suffix != ".json" and not path.exists()
 
 
 def _preset(builder: Builder, name: str) -> Preset:

@@ -13,7 +13,7 @@ import torch
 from workbench import config as configs
 from workbench.costs import Costs
 from workbench.data import DataSource
-from workbench.discovery import Plugins, discover, run_hooks
+from workbench.discovery import Plugins, discover, register_all
 from workbench.errors import WorkbenchError
 from workbench.exporter import Exporter
 from workbench.layer import Layer
@@ -75,8 +75,7 @@ class Builder:
         self.data_sources = Registry[type[DataSource]]("data source", _check(DataSource), failures)
         self.exporters = Registry[type[Exporter]]("exporter", _check(Exporter), failures)
         self.presets = Registry[Preset]("preset", _check_preset, failures)
-        for kind, registry in self.registries().items():
-            run_hooks(plugins, f"register_{kind}", registry.register_for)
+        register_all(plugins, self.registries())
         self._weight_bytes: dict[str, int] = {}
 
     @classmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from workbench import config as configs
 from workbench.builder import Builder, LayoutCosts
 from workbench.costs import Costs
+from workbench.description_conditions import Conditions
 from workbench.description_text import to_html, to_text
 from workbench.layout import Block, Layout
 from workbench.preset import Preset
@@ -70,6 +71,8 @@ class Description:
         active_parameters: those that one token uses (fewer in a mixture of experts).
         decode_state_bytes: state read and written by one decode step of the batch.
         preset: the preset, where it is one: its claim, source and assumptions.
+        conditions_from: what set context, batch and bytes an element; empty for the defaults
+            and what the caller gave.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Description:
     active_parameters: int
     decode_state_bytes: int
     preset: Preset | None = None
+    conditions_from: str = ""
 
     @property
     def hash(self) -> str:
@@ -110,6 +114,7 @@ class Description:
             "context": self.context,
             "batch_size": self.batch_size,
             "bytes_per_element": self.bytes_per_element,
+            "conditions_from": self.conditions_from,
             "parameters": self.total.parameters,
             "active_parameters": self.active_parameters,
             "forward_flops_per_token": self.total.forward_flops,
@@ -140,10 +145,8 @@ class Description:
 def describe_layout(
     builder: Builder,
     layout: Layout,
+    conditions: Conditions,
     *,
-    context: int,
-    batch_size: int,
-    bytes_per_element: int,
     name: str = "",
     preset: Preset | None = None,
 ) -> Description:
@@ -152,6 +155,8 @@ def describe_layout(
     Raises:
         UnknownNameError, FieldError: as `Builder.resolve`.
     """
+    context, batch_size = conditions.context, conditions.batch_size
+    bytes_per_element = conditions.bytes_per_element
     layout = builder.resolve(layout)
     costs = builder.costs(layout, length=context, bytes_per_element=bytes_per_element)
     per_token = costs.total.forward_flops / context
@@ -163,6 +168,7 @@ def describe_layout(
         context=context,
         batch_size=batch_size,
         bytes_per_element=bytes_per_element,
+        conditions_from=conditions.origin,
         blocks=_block_rows(builder, layout, costs, batch_size),
         outside=_outside_rows(layout, costs, bytes_per_element),
         total=Row(
@@ -244,6 +250,8 @@ def _key_config(config_class: type, block: Block) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_short, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

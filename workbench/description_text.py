@@ -128,7 +128,8 @@ def _left_out(description: Description, headings: Sequence[str], prose: int) -> 
             lines += textwrap.wrap(f"{name}{where}: {config}", prose, subsequent_indent="    ")
     others = [heading for heading in headings if heading not in ("config", "×")]
     if others:
-        lines.append(f"No room for: {', '.join(others)}.")
+        text = f"No room for {', '.join(others)}: widen the terminal, or see --json."
+        lines += textwrap.wrap(text, prose, subsequent_indent="  ")
     return [*lines, ""] if lines else []
 
 
@@ -161,10 +162,14 @@ def _conditions(description: Description) -> str:
     sequences = (
         "1 sequence" if description.batch_size == 1 else f"{description.batch_size} sequences"
     )
+    origin = f"{description.conditions_from}. " if description.conditions_from else ""
+    total, active = description.total.parameters, description.active_parameters
+    share = "" if active == total else f" {active:,} of the parameters are active for a token."
     return (
         f"Rows are for one block. Context {description.context:,} tokens; state of {sequences}; "
-        f"{description.bytes_per_element} bytes an element where no quantizer stores it. FLOPs "
-        "are one sequence's: a token of a forward pass on average, and a decode step at the end."
+        f"{description.bytes_per_element} bytes an element where no quantizer stores it. {origin}"
+        "FLOPs are one sequence's: a token of a forward pass on average, and a decode step at the "
+        f"end.{share}"
     )
 
 

@@ -1,4 +1,8 @@
-"""Finds plugins, says where each came from, and fails loudly on duplicates and misspelled hooks."""
+"""Finds plugins, says where each came from, and fails loudly on duplicates and misspelled hooks.
+
+A plugin that cannot be used, for whatever reason of its own, is left out and listed with the
+reason; what it did to torch or to other plugins meanwhile is undone.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +10,40 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterable
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
-from workbench import hookspecs
+from workbench import hookspecs, stray_output
 from workbench.errors import PluginError, UnknownNameError, WorkbenchError
+from workbench.guard import Change, Guard, describe_changes
+from workbench.hookspecs import API
+from workbench.provenance import Provenance, source_digest
 
-GROUP = "workbench"
+__all__ = ["API", "GROUP", "Failure", "Plugins", "Provenance", "discover", "register_all"]
+
+GROUP = f"workbench.v{API}"
+GROUPS = re.compile(r"workbench(?:\.v(\d+))?")  # without a number: from before there were any
 DISABLE = "WORKBENCH_DISABLE"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a plugin came from.
-
-    Attributes:
-        plugin: its entry point's name, or its file's stem.
-        package: distribution, None for a file of a plugin folder.
-        version: of the distribution, or `sha256:…` of the file's content.
-        module: dotted name.
-        file: path of the module.
-    """
-
-    plugin: str
-    package: str | None
-    version: str
-    module: str
-    file: str
-
-    def to_dict(self) -> dict[str, str | None]:
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A plugin that could not be loaded: where it came from, why, and the whole traceback."""
+    """A plugin that cannot be used: where it came from, why, and the whole traceback if any."""
 
     plugin: str
     module: str
     reason: str
     traceback: str
+    package: str | None = None
+    version: str | None = None
 
 
 @dataclasses.dataclass
@@ -63,6 +54,11 @@ class Plugins:
     loaded: dict[str, Provenance]
     failures: dict[str, Failure]
     disabled: tuple[str, ...]
+
+    @property
+    def packages(self) -> set[str]:
+        """The top-level packages of the plugins, to be guarded from each other."""
+        return {plugin.module.partition(".")[0] for plugin in self.loaded.values()}
 
 
 def discover(plugin_dirs: Iterable[str | Path] = ()) -> Plugins:
@@ -82,14 +78,19 @@ def discover(plugin_dirs: Iterable[str | Path] = ()) -> Plugins:
     disabled = tuple(filter(None, (n.strip() for n in os.environ.get(DISABLE, "").split(","))))
     plugins = Plugins(manager, {}, {}, disabled)
     candidates = [*_installed(), *_in_folders(plugin_dirs)]
-    _refuse_duplicates(candidates)
+    _refuse_duplicates([candidate for candidate in candidates if candidate.api == API])
     names = [candidate.name for candidate in candidates]
     for name in disabled:
         if name not in names:
             raise UnknownNameError(f"plugin in {DISABLE}", name, names)
+    guard = Guard({candidate.top for candidate in candidates})
     for candidate in candidates:
-        if candidate.name not in disabled:
-            _load(candidate, plugins)
+        if candidate.name in disabled:
+            continue
+        if candidate.api == API:
+            _load(candidate, plugins, guard)
+        else:
+            _fail(plugins, candidate, _other_api(candidate))
     return plugins
 
 
@@ -100,6 +101,12 @@ class _Candidate:
     package: str | None
     version: str
     file: Path | None = None
+    api: int = API
+
+    @property
+    def top(self) -> str:
+        """Its top-level package."""
+        return self.module.partition(".")[0]
 
     def load(self) -> ModuleType:
         if self.file is None:
@@ -112,22 +119,46 @@ class _Candidate:
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[self.module]
+            sys.modules.pop(self.module, None)
             raise
         return module
 
 
 def _installed() -> list[_Candidate]:
+    points = entry_points()
     found = {
         _Candidate(
             name=point.name,
             module=point.value,
             package=point.dist.name if point.dist else None,
             version=point.dist.version if point.dist else "unknown",
+            api=api,
         )
-        for point in entry_points(group=GROUP)
+        for group in points.groups
+        if (api := _api_of(group)) is not None
+        for point in points.select(group=group)
     }
-    return sorted(found, key=lambda candidate: (candidate.name, candidate.module))
+    # A package may serve several versions of the workbench, a group each.
+    served = {(candidate.package, candidate.name) for candidate in found if candidate.api == API}
+    found = {c for c in found if c.api == API or (c.package, c.name) not in served}
+    return sorted(found, key=lambda candidate: (candidate.name, candidate.module, candidate.api))
+
+
+def _api_of(group: str) -> int | None:
+    match = GROUPS.fullmatch(group)
+    return int(match[1] or 0) if match else None
+
+
+def _other_api(candidate: _Candidate) -> str:
+    group = f"workbench.v{candidate.api}" if candidate.api else "workbench"
+    behind = candidate.api < API
+    whose, what = ("plugin", candidate.package) if behind else ("workbench", "lm-workbench")
+    return (
+        f"{candidate.package} {candidate.version} was made for API {candidate.api} of the "
+        f"workbench (its entry point is in the group {group!r}), and lm-workbench "
+        f"{version('lm-workbench')} has API {API}: upgrade the {whose}, "
+        f"pip install --upgrade {what}"
+    )
 
 
 def _in_folders(plugin_dirs: Iterable[str | Path]) -> list[_Candidate]:
@@ -161,12 +192,22 @@ def _where(candidate: _Candidate) -> str:
     return f"{candidate.module} ({candidate.package} {candidate.version})"
 
 
-def _load(candidate: _Candidate, plugins: Plugins) -> None:
+def _load(candidate: _Candidate, plugins: Plugins, guard: Guard) -> None:
+    known = set(sys.modules)
     try:
-        module = candidate.load()
-    except (Exception, SystemExit) as error:
-        _fail(plugins, candidate.name, candidate.module, error)
+        with stray_output.apart(f"plugin {candidate.name!r}"):
+            module = candidate.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too, ends a plugin and nothing else
+        guard.restore()
+        _fail(plugins, candidate, error)
         return
+    if changes := guard.restore():
+        _forget(candidate, changes, known)
+        _fail(plugins, candidate, describe_changes(changes), _places(changes))
+        return
+    guard.watch(candidate.module, module)  # a file that is loaded again replaces its module
     try:
         plugins.manager.register(module, name=candidate.name)
     except (pluggy.PluginValidationError, ValueError) as error:  # bad hook, or registered twice
@@ -179,7 +220,20 @@ def _load(candidate: _Candidate, plugins: Plugins) -> None:
         version=candidate.version,
         module=candidate.module,
         file=str(getattr(module, "__file__", None) or ""),
+        sha256=source_digest(module),
     )
+
+
+def _forget(candidate: _Candidate, changes: list[Change], known: set[str]) -> None:
+    """Unload what patched, or a second discovery would find it loaded and harmless."""
+    guilty = {name.partition(".")[0] for name in (candidate.module, *(c.module for c in changes))}
+    for name in set(sys.modules) - known:
+        if name.partition(".")[0] in guilty - {"torch", "workbench"}:
+            del sys.modules[name]
+
+
+def _places(changes: list[Change]) -> str:
+    return "\n".join(f"{change.where}: {change.what}" for change in changes if change.where)
 
 
 def _refuse_misspelled(
@@ -207,27 +261,73 @@ def _refuse_unmarked(
             )
 
 
-def _fail(plugins: Plugins, name: str, module: str, error: BaseException) -> None:
-    reason = f"{type(error).__name__}: {error}"
-    text = "".join(traceback.format_exception(error))
+def _fail(
+    plugins: Plugins,
+    plugin: _Candidate | Provenance,
+    error: BaseException | str,
+    places: str = "",
+) -> None:
+    """Note why a plugin is left out; a text is a reason that needs no traceback."""
+    reason, text = str(error), places
+    if isinstance(error, BaseException):
+        reason = _reason(plugin, error)
+        text = "".join(traceback.format_exception(error))
+    name = plugin.name if isinstance(plugin, _Candidate) else plugin.plugin
     if earlier := plugins.failures.get(name):  # another of its hooks
         reason, text = f"{earlier.reason}; {reason}", f"{earlier.traceback}\n{text}"
-    plugins.failures[name] = Failure(plugin=name, module=module, reason=reason, traceback=text)
+    plugins.failures[name] = Failure(
+        plugin=name,
+        module=plugin.module,
+        reason=reason,
+        traceback=text,
+        package=plugin.package,
+        version=plugin.version,
+    )
 
 
-def run_hooks(plugins: Plugins, hook: str, register_for: Any) -> None:
-    """Call one hook of every loaded plugin, each with `register_for(provenance)`.
+def _reason(plugin: _Candidate | Provenance, error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.partition(".")[0]
+        if missing == plugin.module.partition(".")[0]:
+            return f"{reason} (its own module: install {plugin.package or plugin.module} again)"
+        if missing not in sys.modules:
+            return (
+                f"{reason} (it needs the package {missing!r}, which is not installed; "
+                f"perhaps: pip install {missing})"
+            )
+    return reason
 
-    A plugin whose hook raises joins the failures; an error of the registry itself (`PluginError`)
-    goes on to the caller.
+
+def register_all(plugins: Plugins, registries: Mapping[str, Any]) -> None:
+    """Fill each registry through the hook `register_…` of its name.
+
+    A plugin whose hook raises joins the failures. One that patches what others use, does, too, and
+    nothing of it stays registered. An error of the registry itself (`PluginError`) goes on to the
+    caller.
     """
-    everyone = {name: plugins.manager.get_plugin(name) for name in plugins.loaded}
+    guard = Guard(plugins.packages)
+    modules = {name: plugins.manager.get_plugin(name) for name in plugins.loaded}
     for name, provenance in list(plugins.loaded.items()):
-        others = [plugin for other, plugin in everyone.items() if other != name]
-        caller = plugins.manager.subset_hook_caller(hook, others)
-        try:
-            caller(register=register_for(provenance))
-        except PluginError:
-            raise
-        except (Exception, SystemExit) as error:
-            _fail(plugins, name, provenance.module, error)
+        others = [module for other, module in modules.items() if other != name]
+        for kind, registry in registries.items():
+            caller = plugins.manager.subset_hook_caller(f"register_{kind}", others)
+            _register(plugins, provenance, caller, registry, guard)
+        if changes := guard.restore():
+            _fail(plugins, provenance, describe_changes(changes), _places(changes))
+            del plugins.loaded[name]
+            for registry in registries.values():
+                registry.drop(name)
+
+
+def _register(
+    plugins: Plugins, provenance: Provenance, caller: Any, registry: Any, guard: Guard
+) -> None:
+    try:
+        with stray_output.apart(f"plugin {provenance.plugin!r}"):
+            caller(register=registry.register_for(provenance))
+    except (KeyboardInterrupt, PluginError):
+        guard.restore()
+        raise
+    except BaseException as error:
+        _fail(plugins, provenance, error)

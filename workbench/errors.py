@@ -60,5 +60,9 @@ class PluginError(WorkbenchError):
     """A plugin that breaks the contract; the message names the plugin and what it must change."""
 
 
+class PatchError(PluginError):
+    """A plugin changed what all plugins share, such as a function or a setting of torch."""
+
+
 class DiskError(WorkbenchError):
     """A file cannot be written: ends a study, whose trial in flight runs again on resume."""

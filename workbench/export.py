@@ -43,6 +43,7 @@ def export_trial(
         "metrics": trial.metrics,
         "units": Study(trial.path.parents[1]).units,
         "environment": trial.environment,
+        "provenance": trial.data.get("provenance", {}),
         "versions": package_versions(),
         "data": config.data,
         "tokenizer": tokenizer_of(config),

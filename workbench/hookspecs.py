@@ -2,6 +2,10 @@
 
 A plugin is a module whose functions, marked with `@workbench.hookimpl`, carry these names. Each
 hook gets `register` and calls it once a thing; what it registers is checked at once.
+
+An installed plugin is found by an entry point in the group `workbench.v1`: `API` is that number. It
+goes up when plugins must change to go on working; a plugin of another number is left out and
+listed, with the advice to upgrade it or the workbench.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from workbench.placement import Placement
     from workbench.preset import Preset
     from workbench.quantizer import Quantizer
+
+API = 1
 
 hookspec = pluggy.HookspecMarker("workbench")
 hookimpl = pluggy.HookimplMarker("workbench")

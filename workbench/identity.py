@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 from workbench.builder import Builder
 from workbench.environment import device_name, package_versions
 from workbench.errors import WorkbenchError
+from workbench.layout import Layout
+from workbench.provenance import Provenance
 from workbench.records import Study
+from workbench.registry import Registry
 from workbench.space import NONE, Space
 from workbench.study_config import StudyConfig
 from workbench.trial import Workplace
@@ -37,23 +42,82 @@ def identity(place: Workplace, space: Space) -> dict[str, Any]:
 
 
 def used_plugins(config: StudyConfig, builder: Builder) -> dict[str, str]:
-    """`package version`, or the content hash of a single file, of every plugin the study names."""
+    """Version and sources, as `str(Provenance)` gives them, of every plugin that the study uses.
+
+    That is, every plugin that it names something of, and those whose code these import.
+    """
+    registries = builder.registries()
+    used = {
+        registries[kind].provenance(name).plugin
+        for kind, names in _named(config).items()
+        for name in names
+        if name != NONE
+    }
+    loaded = builder.plugins.loaded
+    waiting = sorted(used & loaded.keys())
+    while waiting:
+        found = _imported(loaded[waiting.pop()], loaded) - used
+        used |= found
+        waiting += sorted(found)
+    origins = {
+        origin.plugin: origin for registry in registries.values() for origin in _origins(registry)
+    }
+    return {name: str(loaded.get(name) or origins[name]) for name in sorted(used)}
+
+
+def _named(config: StudyConfig) -> dict[str, tuple[str, ...]]:
+    """The names that a study gives, by kind."""
     space = config.space
-    named = {
+    return {
         "layers": (*space.mixers, *space.mlps),
         "placements": space.placements,
         "quantizers": space.quantizers,
         "metrics": config.metric_names,
         "data_sources": (config.data["source"],),
     }
+
+
+def _origins(registry: Registry[Any]) -> list[Provenance]:
+    return [registry.provenance(name) for name in registry]
+
+
+def _imported(plugin: Provenance, loaded: Mapping[str, Provenance]) -> set[str]:
+    """Plugins whose functions, classes or modules a plugin's modules hold."""
+    top = plugin.module.partition(".")[0]
+    values = [
+        value
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == top and isinstance(module, ModuleType)
+        for value in list(vars(module).values())
+    ]
+    homes = {
+        value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        for value in values
+        if isinstance(value, ModuleType | FunctionType | type)
+    }
+    tops = {home.partition(".")[0] for home in homes if isinstance(home, str)} - {top}
+    return {name for name, other in loaded.items() if other.module.partition(".")[0] in tops}
+
+
+def trial_provenance(
+    config: StudyConfig, builder: Builder, layout: Layout, placement: str
+) -> dict[str, dict[str, dict[str, str | None]]]:
+    """Where everything that makes up one trial comes from: kind → name → provenance.
+
+    Without files: records are shared.
+    """
+    quantizers = {block.quantizer.name for block in layout.blocks if block.quantizer is not None}
+    used = {
+        **_named(config),
+        "layers": {block.layer for block in layout.blocks},
+        "placements": {placement},
+        "quantizers": quantizers,
+    }
     registries = builder.registries()
-    found = {}
-    for kind, names in named.items():
-        for name in names:
-            if name != NONE:
-                source = registries[kind].provenance(name)
-                found[source.plugin] = f"{source.package or source.plugin} {source.version}"
-    return dict(sorted(found.items()))
+    return {
+        kind: {name: registries[kind].provenance(name).public() for name in sorted(names)}
+        for kind, names in used.items()
+    }
 
 
 def refuse_change(folder: Path, now: dict[str, Any], name: str) -> None:
@@ -67,10 +131,16 @@ def refuse_change(folder: Path, now: dict[str, Any], name: str) -> None:
     changes = list(_differences(Study(folder).data.get("identity", {}), now))
     if changes:
         shown = "\n".join(f"  {change}" for change in changes[:8])
+        way_back = (
+            "put the old values back to resume (a plugin's: install the version that it was, or "
+            "check out the sources that had that sha256)"
+            if any(change.startswith("plugins.") for change in changes)
+            else "put the old values back to resume"
+        )
         raise WorkbenchError(
             f"study {name!r} in {folder} was started differently:\n{shown}\n"
             "Its trials would not compare with new ones. Give the study another name to start a "
-            "new one, or put the old values back to resume."
+            f"new one, or {way_back}."
         )
 
 

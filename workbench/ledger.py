@@ -14,7 +14,7 @@ from workbench import storage
 from workbench.errors import WorkbenchError
 from workbench.files import read_json, write_json
 from workbench.records import Objective, Study, Trial
-from workbench.trial import Verdict
+from workbench.verdict import Verdict
 
 JUDGED = ("complete", "diverged", "out_of_memory", "timeout", "crashed", "error")
 FAULTS = ("crashed", "interrupted")  # not the layout's doing: runs again

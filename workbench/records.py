@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -259,9 +260,11 @@ class Study:
         return sorted(front, key=lambda trial: first.sign * trial.metrics[first.name])
 
     def frame(self) -> pd.DataFrame:
-        """A row a trial: number, outcome, reason, pattern, metrics, then `param.*` columns.
+        """A row a trial, indexed by its number.
 
-        Metrics are in the units of `study.units`; indexed by trial number.
+        Columns: outcome, the objectives, the other metrics (in the units of `study.units`), what
+        the sampler chose as `param.*`, then pattern, reason, seconds and layout hash. Parameters
+        that are whole numbers are pandas' `Int64`, missing where a trial has no such parameter.
         """
         return self._frame(self.trials())
 
@@ -272,22 +275,21 @@ class Study:
     def _frame(self, trials: list[Trial]) -> pd.DataFrame:
         import pandas as pd
 
-        rows = [
-            {
-                "number": trial.number,
-                "outcome": trial.outcome,
-                "reason": trial.reason,
-                "pattern": trial.pattern,
-                **trial.metrics,
-                "seconds": trial.data.get("seconds"),
-                "layout": trial.data.get("layout_hash"),
-                **{f"param.{name}": value for name, value in trial.params.items()},
-            }
-            for trial in trials
-        ]
-        columns = ["number", "outcome", "reason", "pattern"]
-        frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
-        return frame.set_index("number")
+        objectives = [objective.name for objective in self.objectives]
+        others = [name for trial in trials for name in trial.metrics]
+        metrics = list(dict.fromkeys([*objectives, *self.units, *others]))
+        params = list(dict.fromkeys(name for trial in trials for name in trial.params))
+        columns: dict[str, Any] = {
+            "outcome": [trial.outcome for trial in trials],
+            **{name: _numbers([t.metrics.get(name) for t in trials]) for name in metrics},
+            **{f"param.{name}": _values([t.params.get(name) for t in trials]) for name in params},
+            "pattern": [trial.pattern for trial in trials],
+            "reason": [trial.reason for trial in trials],
+            "seconds": _numbers([trial.data.get("seconds") for trial in trials]),
+            "layout": [trial.data.get("layout_hash") for trial in trials],
+        }
+        numbers = pd.Index([trial.number for trial in trials], name="number", dtype="int64")
+        return pd.DataFrame(columns, index=numbers)
 
     def summary(self) -> dict[str, Any]:
         """JSON facts for listings: name, path, objectives, trials by outcome."""
@@ -347,6 +349,20 @@ def load_trial(name: str, runs: str | Path | None = None) -> Trial:
     if not separator or not number.isdigit():
         raise WorkbenchError(f"{name!r} names no trial: write STUDY:NUMBER, such as quickstart:7.")
     return load_study(study, runs).trial(int(number))
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    """Metrics as floats, NaN where there is none."""
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _values(values: list[Any]) -> Any:
+    """One parameter's values; whole numbers stay whole although trials lack it."""
+    import pandas as pd
+
+    if all(type(value) is int for value in values if value is not None):
+        return pd.array(values, dtype="Int64")
+    return values
 
 
 def _record(path: Path, required: Iterable[str], kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class Registry(Generic[T]):
         self._things[name] = thing
         self._provenance[name] = provenance
 
+    def drop(self, plugin: str) -> None:
+        """Take out everything that a plugin registered."""
+        for name in [name for name, origin in self._provenance.items() if origin.plugin == plugin]:
+            del self._things[name], self._provenance[name]
+
     def __getitem__(self, name: str) -> T:
         """The thing of that name.
 

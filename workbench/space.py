@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from workbench import config as configs
@@ -139,11 +139,7 @@ class Space:
             for name in names:
                 if name == NONE and field in ("mlps", "quantizers"):
                     continue
-                try:
-                    registry[name]
-                except UnknownNameError as error:
-                    kind = f"{error.kind} in space.{field}"
-                    raise UnknownNameError(kind, name, error.known, error.hint) from None
+                require(registry, name, f"space.{field}", self._offerable(field))
         for name in config.mixers:
             if self.builder.layers[name].kind == "mlp":
                 raise FieldError("space.mixers", f"{name!r} is an MLP: list it under space.mlps")
@@ -155,6 +151,16 @@ class Space:
             for name in getattr(config, table):
                 if name not in known:
                     raise UnknownNameError(f"name under [space.{table}]", name, known)
+
+    def _offerable(self, field: str) -> list[str]:
+        """What a list of names may hold."""
+        if field == "placements":
+            return list(self.builder.placements)
+        if field == "quantizers":
+            return [*self.builder.quantizers, NONE]
+        layers = self.builder.layers
+        kept = [name for name in layers if (layers[name].kind == "mlp") == (field == "mlps")]
+        return [*kept, NONE] if field == "mlps" else kept
 
     def _sources(
         self,
@@ -308,6 +314,19 @@ class Space:
             else:
                 values[field] = _draw(trial, f"{name}.{field}", source)
         return values
+
+
+def require(registry: Registry[Any], name: str, where: str, known: Iterable[str] = ()) -> None:
+    """Raise UnknownNameError, naming the study's field `where`, unless the registry has `name`.
+
+    Args:
+        known: what the field may hold, if not everything that is registered.
+    """
+    try:
+        registry[name]
+    except UnknownNameError as error:
+        kind = f"{error.kind} in {where}"
+        raise UnknownNameError(kind, name, known or error.known, error.hint) from None
 
 
 def _source(value: Any, expected: Any, declared: Domain | None, where: str) -> Source:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shlex
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,26 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from workbench import storage
-from workbench.builder import default_builder
+from workbench.builder import Builder, default_builder
 from workbench.environment import resolve_device
-from workbench.errors import DiskError, WorkbenchError
+from workbench.errors import DiskError, FieldError, UnknownNameError, WorkbenchError
 from workbench.executors import Executor, InlineExecutor, Job, ProcessExecutor
 from workbench.files import make_folder, write_json
-from workbench.identity import identity, refuse_change, used_plugins
+from workbench.guard import guarded
+from workbench.identity import identity, refuse_change, trial_provenance, used_plugins
 from workbench.layout import Layout
 from workbench.ledger import JUDGED, UNBUILDABLE, Ledger, objectives_of, study_facts
 from workbench.records import Study, Trial, runs_folder
-from workbench.space import Space
+from workbench.refusals import Refusals
+from workbench.space import Space, require
 from workbench.study_config import StudyConfig
-from workbench.trial import Verdict, Workplace, judge_static, verdict_of
+from workbench.trial import Emit, Workplace, judge_static
+from workbench.verdict import Verdict, verdict_of
 
 __all__ = ["JUDGED", "Reporter", "run_study"]
 
 MAX_STALE = 100  # suggestions in a row without a new layout before the space counts as exhausted
+HOPELESS = 40  # the same where none was ever feasible: a mistake in the file, most likely
 
 
 class Reporter:
@@ -42,8 +46,11 @@ class Reporter:
     def trial_started(self, number: int, pattern: str) -> None:
         """A trial passed the static stage and goes to the executor."""
 
-    def trial_progress(self, number: int, share: float, loss: float) -> None:
-        """Training is `share` of the way, at a loss in nats a token."""
+    def trial_phase(self, number: int, phase: str) -> None:
+        """A trial goes on to `building`, `measuring`, `training` or `validating`."""
+
+    def trial_progress(self, number: int, step: int, steps: int, loss: float) -> None:
+        """Training has done `step` of `steps`, at a loss in nats a token."""
 
     def trial_finished(self, trial: Trial) -> None:
         """A trial's record is complete, whatever its outcome."""
@@ -60,11 +67,19 @@ def run_study(
         KeyboardInterrupt: Ctrl-C; the trial in flight is recorded and will run again.
     """
     builder = default_builder(config.plugin_dirs)
-    device = resolve_device(config.runtime.device)
+    try:
+        device = resolve_device(config.runtime.device)
+    except FieldError as error:
+        raise error.within("runtime") from None
     folder = runs_folder(runs) / config.name
     cache_dir = runs_folder(runs) / ".cache"
-    place = Workplace(config, builder, device, cache_dir)
-    space = Space(config.space, builder, place.data.vocab_size)
+    try:
+        _check_names(config, builder)
+        place = Workplace(config, builder, device, cache_dir)
+        space = Space(config.space, builder, place.data.vocab_size)
+    except UnknownNameError as error:
+        hint = " ".join(filter(None, (error.hint, _forgotten_folders(folder, config))))
+        raise UnknownNameError(error.kind, error.name, error.known, hint) from None
     storage.make_sampler(config.sampler, 0)
     place.probe()
     facts = identity(place, space)
@@ -77,10 +92,37 @@ def run_study(
     return Study(folder)
 
 
+def _check_names(config: StudyConfig, builder: Builder) -> None:
+    """Refuse metrics and data sources that do not exist, naming the field that asks for them."""
+    for registry, field, names in (
+        (builder.metrics, "objectives", config.objectives),
+        (builder.metrics, "report", config.report),
+        (builder.metrics, "constraints", tuple(config.constraints)),
+        (builder.data_sources, "data.source", (config.data["source"],)),
+    ):
+        for name in names:
+            require(registry, name, field)
+
+
+def _forgotten_folders(folder: Path, config: StudyConfig) -> str:
+    """Which plugin folders the study was made with and now is without; empty for none."""
+    if not (folder / "study.json").exists():
+        return ""
+    before = Study(folder).data["config"].get("plugin_dirs", ())
+    missing = [name for name in before if name not in config.plugin_dirs]
+    if not missing:
+        return ""
+    options = " ".join(f"--plugin-dir {shlex.quote(name)}" for name in missing)
+    return f"The study was made with the plugins of {', '.join(missing)}: add {options}."
+
+
 def _executor(place: Workplace, cache_dir: Path) -> Executor:
     if place.config.runtime.executor == "inline":
         return InlineExecutor(place)
-    return ProcessExecutor(Job(config=place.config, device=place.device, cache_dir=cache_dir))
+    plugins = used_plugins(place.config, place.builder)
+    return ProcessExecutor(
+        Job(config=place.config, device=place.device, cache_dir=cache_dir, plugins=plugins)
+    )
 
 
 @contextlib.contextmanager
@@ -112,7 +154,8 @@ class _Runner:
         objectives = objectives_of(place.metrics, self.config.objectives)
         self.ledger = Ledger(folder, objectives, self.config.budget.retries)
         self.plugins = used_plugins(self.config, place.builder)
-        self.refusals: Counter[str] = Counter()
+        self.refusals = Refusals()
+        self.hopeless = True  # no suggestion was ever feasible
 
     def open(self, facts: dict[str, Any]) -> None:
         """Open the books and say where the study stands."""
@@ -129,28 +172,49 @@ class _Runner:
             },
         )
         goal = self.config.budget.trials
-        self.reporter.started(Study(self.ledger.folder), resumed, self.ledger.judged, goal)
+        study = Study(self.ledger.folder)
+        self.hopeless = all(trial.outcome == "infeasible" for trial in study.trials())
+        self.reporter.started(study, resumed, self.ledger.judged, goal)
 
     def run(self, executor: Executor) -> None:
         """Judge trials until the budget is reached or the space holds nothing new."""
         started, limit = time.monotonic(), self.config.budget.seconds
+        earlier = self.ledger.stale  # suggestions of earlier runs: this one tries afresh
         while self.ledger.judged < self.config.budget.trials:
             if limit is not None and time.monotonic() - started >= limit:
                 break
-            if self.ledger.stale >= MAX_STALE:
-                self.ledger.stale = 0  # a later run tries again
-                raise WorkbenchError(self._exhausted())
+            earlier = min(earlier, self.ledger.stale)
+            self._refuse_to_go_on(self.ledger.stale - earlier)
             self._one(executor)
 
-    def _exhausted(self) -> str:
-        text = (
-            f"the last {MAX_STALE} suggestions held no new feasible layout: the space is "
-            "exhausted, or its constraints are too tight. What was found is recorded."
-        )
-        if self.refusals:
-            reason, count = self.refusals.most_common(1)[0]
-            text += f" The commonest refusal ({count} times): {reason}."
-        return text
+    def _refuse_to_go_on(self, stale: int) -> None:
+        """Stop where suggesting more would hardly find anything new.
+
+        Args:
+            stale: how many of the last suggestions of this run held nothing new.
+
+        Raises:
+            WorkbenchError: says what refused the suggestions, and what to change.
+        """
+        name = self.config.name
+        lines = self.refusals.lines(self.config.space)
+        if self.hopeless and stale >= min(HOPELESS, MAX_STALE):
+            text = f"none of {stale} suggestions is feasible. What refused them:"
+            advice = (
+                "Change that in the study's file and give the study another name; the same "
+                f"command tries {stale} more."
+            )
+        elif stale >= MAX_STALE:
+            text = (
+                f"the last {stale} suggestions held no new feasible layout: the space is "
+                "exhausted, or its constraints are too tight."
+                + (" What refused suggestions:" if lines else "")
+            )
+            advice = "A study with more to choose from needs another name."
+        else:
+            return
+        recorded = f"What was found is recorded: workbench show {name} --all."
+        raise WorkbenchError("\n".join([text, *lines, f"{advice} {recorded}"]))
 
     def _one(self, executor: Executor) -> None:
         """One suggestion, from asking to telling; a fault of the machine ends the run after it."""
@@ -168,7 +232,9 @@ class _Runner:
         record["seconds"] = round(time.monotonic() - clock, 3)
         done = self.ledger.finish(record, verdict)
         if done.outcome == "infeasible":
-            self.refusals[done.reason] += 1
+            self.refusals.add(done)
+        else:
+            self.hopeless = False
         self.reporter.trial_finished(done)
         if stop is not None:
             raise stop
@@ -188,23 +254,39 @@ class _Runner:
             return verdict
         self.ledger.take_checkpoint(record)
         self.ledger.write(record)
-        self.reporter.trial_started(trial.number, record["pattern"])
+        verdict.update(executor.judge(layout, folder, self._told(trial.number, record["pattern"])))
+        return verdict
+
+    def _told(self, number: int, pattern: str) -> Emit:
+        """Tells the reporter of a trial's phases; returns what takes the worker's messages."""
+        steps = self.place.training.steps
+        measured = any(metric.stage == "measured" for metric in self.place.metrics.values())
+        self.reporter.trial_started(number, pattern)
+        self.reporter.trial_phase(number, "measuring" if measured else "building")
+        training = False
 
         def emit(event: dict[str, Any]) -> None:
-            self.reporter.trial_progress(trial.number, event["progress"], event["loss"])
+            nonlocal training
+            if not training:
+                training = True
+                self.reporter.trial_phase(number, "training")
+            step = round(event["progress"] * steps)
+            self.reporter.trial_progress(number, step, steps, event["loss"])
+            if step == steps:
+                self.reporter.trial_phase(number, "validating")
 
-        verdict.update(executor.judge(layout, folder, emit))
-        return verdict
+        return emit
 
     def _suggest(
         self, trial: optuna.Trial, record: dict[str, Any]
     ) -> tuple[Layout | None, Verdict]:
         folder = self.ledger.path(trial.number)
         try:
-            layout = self.space.suggest(trial)
-        except (StorageInternalError, SQLAlchemyError):
+            with guarded("a placement policy or layer", self.place.builder.plugins.packages):
+                layout = self.space.suggest(trial)
+        except (StorageInternalError, SQLAlchemyError, KeyboardInterrupt):
             raise
-        except Exception as error:  # a policy or layer of a plugin may raise anything
+        except BaseException as error:  # a policy or layer of a plugin may raise anything
             verdict = verdict_of(error, folder)
             if verdict.outcome == "infeasible":
                 verdict.constraints[UNBUILDABLE] = 1.0
@@ -213,5 +295,7 @@ class _Runner:
             record["params"] = dict(trial.params)
         record["pattern"] = self.place.builder.pattern(layout)
         record["layout_hash"] = layout.hash
+        placement = trial.params.get("placement", self.config.space.placements[0])
+        record["provenance"] = trial_provenance(self.config, self.place.builder, layout, placement)
         write_json(folder / "layout.json", layout.to_dict())
         return layout, Verdict()

@@ -6,46 +6,36 @@ Nothing that a trial does ends the study: whatever it raises becomes its outcome
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import gc
 import json
 import math
 import os
-import re
-import time
-import traceback
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from workbench import config as configs
+from workbench import sanity, stray_output
 from workbench.builder import Builder
 from workbench.data import DataSource
 from workbench.environment import environment
-from workbench.errors import DiskError, FieldError, WorkbenchError
+from workbench.errors import FieldError, WorkbenchError
 from workbench.files import make_folder, replacing
+from workbench.guard import Guard, describe_changes, guarded
 from workbench.layout import Layout
 from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
 from workbench.study_config import StudyConfig
-from workbench.training import (
-    DivergedError,
-    TrainingConfig,
-    load_weights,
-    save_weights,
-    train,
-)
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from workbench.training import DivergedError, TrainingConfig, load_weights, save_weights, train
+from workbench.verdict import InfeasibleError, Recorded, Timed, Verdict
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-class InfeasibleError(Exception):
-    """A constraint is violated: the trial goes no further. Carries the violated bounds' text."""
 
 
 class Workplace:
@@ -60,9 +50,11 @@ class Workplace:
         self.builder = builder
         self.device = device
         self.training = make_training(config)
-        self.metrics = make_metrics(config, builder)
-        self.data = make_data(config, builder, cache_dir)
+        with guarded("a metric or the data source of this study", builder.plugins.packages):
+            self.metrics = make_metrics(config, builder)
+            self.data = make_data(config, builder, cache_dir)
         self.threads = config.runtime.threads or os.cpu_count() or 1
+        self._constructed: set[str] = set()  # layers that were seen to allocate nothing on meta
 
     def probe(self) -> None:
         """Draw a batch of each part, so that what can never be judged is refused at once.
@@ -83,6 +75,17 @@ class Workplace:
                 metric.check(batch)
             except WorkbenchError as error:
                 raise error.within(name) from None
+
+    def check_construction(self, layout: Layout) -> None:
+        """Refuse a layout with a layer that allocates on the meta device; looks once at each.
+
+        Raises:
+            FaultyLayerError: names the block and its tensor.
+        """
+        names = {block.layer for block in layout.blocks}
+        if not names <= self._constructed:
+            sanity.check_construction(self.builder.build(layout, device="meta"))
+            self._constructed |= names
 
     def subject(self, layout: Layout, model: HybridLM | None = None) -> Subject:
         """What the metrics of one stage look at."""
@@ -124,41 +127,12 @@ def make_data(config: StudyConfig, builder: Builder, cache_dir: Path) -> DataSou
     return source(data_config, seed=config.seed, cache_dir=cache_dir)
 
 
-@dataclasses.dataclass
-class Verdict:
-    """How a trial ended, as its record keeps it.
-
-    Attributes:
-        outcome: a key of `records.OUTCOMES`.
-        reason: why, for people.
-        metrics, extras: figures by name; an extra that is not finite is None.
-        constraints: violation by metric name; above 0 is violated.
-        stage_seconds: wall seconds by stage.
-        details: further facts (quantizer reports, environment).
-    """
-
-    outcome: str = "complete"
-    reason: str = ""
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    extras: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    constraints: dict[str, float] = dataclasses.field(default_factory=dict)
-    stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def update(self, other: Verdict) -> None:
-        """Take over what a later stage found."""
-        self.outcome, self.reason = other.outcome, other.reason
-        for name in ("metrics", "extras", "constraints", "stage_seconds", "details"):
-            getattr(self, name).update(getattr(other, name))
-
-
 def judge_static(place: Workplace, layout: Layout, folder: Path) -> Verdict:
     """The static stage: figures that the layout alone yields, and its constraints."""
     verdict = Verdict()
-    with _Recorded(verdict, folder), _Timed(verdict, "static"):
+    guard = _Guarded(verdict, place, layout)
+    with stray_output.apart(), guard, Recorded(verdict, folder), Timed(verdict, "static"):
+        place.check_construction(layout)
         _measure(place, "static", place.subject(layout), verdict)
     return verdict
 
@@ -175,15 +149,18 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
     verdict = Verdict()
     verdict.details["environment"] = environment(place.device)
     verdict.details["backend"] = {
-        block.layer: place.builder.layers[block.layer].backend for block in layout.blocks
+        block.layer: str(place.builder.layers[block.layer].backend) for block in layout.blocks
     }
-    with _Recorded(verdict, folder):
+    with _Guarded(verdict, place, layout), Recorded(verdict, folder):
+        _seed(place.config.seed)
         _judge_measured(place, layout, verdict)
         model = _train(place, layout, folder, verdict, emit)
         trained = place.subject(layout, model)
-        with _Timed(verdict, "trained"):
+        with Timed(verdict, "trained"):
+            # Once more: a layer may begin by ignoring what it will learn to look at.
+            sanity.check_causality(model, place.training.seq_len)
             _measure(place, "trained", trained, verdict)
-        with _Timed(verdict, "quantized"):
+        with Timed(verdict, "quantized"):
             changed = _quantize(place.builder, model, verdict)
             # Nothing quantized: the same weights, so the same pass over the validation part.
             stored = place.subject(layout, model) if changed else trained
@@ -191,12 +168,20 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
     return verdict
 
 
+def _seed(seed: int) -> None:
+    """A trial draws what it would have drawn as the first of its process."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict) -> None:
     """Speed is measured on the model as it will be stored: quantized, weights still random."""
     if not any(metric.stage == "measured" for metric in place.metrics.values()):
         return
-    with _Timed(verdict, "measured"):
+    with Timed(verdict, "measured"):
         model = place.builder.build(layout, device=place.device, seed=place.config.seed).eval()
+        sanity.check_outputs(model, place.training.seq_len)
         place.builder.quantize(model)
         _measure(place, "measured", place.subject(layout, model), verdict)
         del model
@@ -207,9 +192,11 @@ def _train(
     place: Workplace, layout: Layout, folder: Path, verdict: Verdict, emit: Emit
 ) -> HybridLM:
     model = place.builder.build(layout, device=place.device, seed=place.config.seed)
+    if "measured" not in verdict.stage_seconds:  # nothing has looked at it yet
+        sanity.check_outputs(model, place.training.seq_len)
     checkpoint = folder / "checkpoint.safetensors"
     curve = folder / "curve.jsonl"
-    with _Timed(verdict, "training"):
+    with Timed(verdict, "training"):
         torch.manual_seed(place.config.seed)
         with curve.open("w", encoding="utf-8") as lines:
 
@@ -218,14 +205,25 @@ def _train(
                 lines.flush()
                 emit({"progress": point["step"] / place.training.steps, "loss": point["loss"]})
 
-            result = train(
-                model, place.data, place.training, checkpoint=checkpoint, progress=record
-            )
+            try:
+                result = train(
+                    model, place.data, place.training, checkpoint=checkpoint, progress=record
+                )
+            except DivergedError as error:
+                raise DivergedError(f"{error}{_culprit(place, model)}") from None
         # A run continued from a checkpoint has points that this process never saw.
         with replacing(curve) as temporary:
             temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
         save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
     return model
+
+
+def _culprit(place: Workplace, model: HybridLM) -> str:
+    """`; blocks[…] … returns NaN`, if a block makes it of numbers now, or did at first."""
+    for candidate in (model, place.builder.build(model.layout, device=place.device)):
+        if found := sanity.first_without_number(candidate, place.training.seq_len):
+            return f"; {found}"
+    return ""
 
 
 def _quantize(builder: Builder, model: HybridLM, verdict: Verdict) -> bool:
@@ -262,71 +260,40 @@ def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict)
         raise InfeasibleError("; ".join(violated))
 
 
-class _Timed:
-    """Adds the wall seconds of a block to a verdict, also when the block raises."""
+class _Guarded:
+    """Puts back what plugins changed of what all share; a trial that did is an error."""
 
-    def __init__(self, verdict: Verdict, stage: str) -> None:
-        self.verdict, self.stage = verdict, stage
+    def __init__(self, verdict: Verdict, place: Workplace, layout: Layout) -> None:
+        self.verdict, self.place, self.layout = verdict, place, layout
 
     def __enter__(self) -> None:
-        self.started = time.perf_counter()
+        self.guard = Guard(self.place.builder.plugins.packages)
 
     def __exit__(self, *error: object) -> None:
-        seconds = time.perf_counter() - self.started
-        self.verdict.stage_seconds[self.stage] = seconds
+        changes = self.guard.restore()
+        if not changes or self.verdict.outcome == "interrupted":
+            return
+        reason = f"{self._who({change.module for change in changes})} {describe_changes(changes)}"
+        if self.verdict.outcome != "complete":
+            reason += f" It also ended as {self.verdict.outcome}: {self.verdict.reason}"
+        self.verdict.outcome, self.verdict.reason = "error", reason
 
-
-class _Recorded:
-    """Turns whatever a block raises, but for an interrupt, into the verdict's outcome."""
-
-    def __init__(self, verdict: Verdict, folder: Path) -> None:
-        self.verdict, self.folder = verdict, folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        found = verdict_of(error, self.folder)
-        self.verdict.outcome, self.verdict.reason = found.outcome, found.reason
-        return True
-
-
-def verdict_of(error: Exception, folder: Path) -> Verdict:
-    """The verdict that an exception stands for; an unexpected one leaves its traceback behind.
-
-    Args:
-        folder: of the trial; the traceback is added to its `log.txt`.
-    """
-    outcome, reason = classify(error)
-    if outcome == "error" and not isinstance(error, WorkbenchError):
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            traceback.print_exception(error, file=log)
-    return Verdict(outcome=outcome, reason=reason)
-
-
-def classify(error: Exception) -> tuple[str, str]:
-    """The outcome that an exception stands for, and its reason in words."""
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    if isinstance(error, InfeasibleError | FieldError):
-        return "infeasible", str(error)
-    if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
-        return "interrupted", str(error)
-    if isinstance(error, DivergedError):
-        return "diverged", str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_allocator(error):
-        wanted = re.search(r"tried to allocate (\d+) bytes", str(error), re.IGNORECASE)
-        return (
-            "out_of_memory",
-            f"an allocation of {int(wanted[1]):,} bytes failed" if wanted else text,
-        )
-    return "error", str(error) if isinstance(error, WorkbenchError) else text
-
-
-def _is_allocator(error: Exception) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError, so only its words tell.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    def _who(self, modules: set[str]) -> str:
+        """Whose code it is, as far as the changes tell, or which layer does it again."""
+        builder = self.place.builder
+        tops = {module.partition(".")[0] for module in modules}
+        for plugin in builder.plugins.loaded.values():
+            if plugin.module.partition(".")[0] in tops:
+                return f"plugin {plugin.plugin!r}"
+        for block in dict.fromkeys(self.layout.blocks):
+            guard = Guard(builder.plugins.packages)
+            # A layer that needs others before it cannot be tried alone; then nobody is named.
+            with contextlib.suppress(BaseException):
+                sanity.check_outputs(builder.build(self.layout.replace(blocks=(block,))), 2)
+            if guard.restore():
+                plugin = builder.layers.provenance(block.layer)
+                return f"layer {block.layer!r} (plugin {plugin.plugin!r})"
+        return "a plugin of this trial"
 
 
 def load_trained(builder: Builder, layout: Layout, weights: Path, device: str = "cpu") -> HybridLM:

@@ -50,7 +50,7 @@ class LinearAttention(Layer):
         return Costs(
             parameters=weights,
             forward_flops=2 * length * (weights + length * (2 * d_model + config.num_heads)),
-            decode_flops=2 * weights + 4 * sums,
+            decode_flops=2 * (weights + 2 * d_model + config.num_heads) + 4 * sums,
             state_bytes=sums * bytes_per_element,
             decode_state_bytes=2 * sums * bytes_per_element,
         )

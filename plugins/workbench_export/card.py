@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from workbench.builder import Builder
 from workbench.model import HybridLM
+from workbench.provenance import SHORT
+from workbench.registry import Registry
 from workbench_export.code import ModelCode
 from workbench_export.proof import Proof
 
@@ -23,9 +25,12 @@ tags:
 
 LOADING = """\
 ```python
+import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokens = model.generate(torch.tensor([[0, 1, 2]]), max_new_tokens=16)
+print(tokens[0].tolist())
 ```
 """
 
@@ -34,7 +39,7 @@ LOADING_TEXT = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 prompt = tokenizer("def ", return_tensors="pt")
 tokens = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))
@@ -103,7 +108,7 @@ def _loading(facts: Facts) -> str:
 
 
 def _layers(model: HybridLM, builder: Builder, facts: Facts) -> str:
-    rows = ["| | name | blocks | code | from |", "|---|---|---|---|---|"]
+    rows = ["| | name | blocks | code | from | sources |", "|---|---|---|---|---|---|"]
     blocks = list(enumerate(model.layout.blocks))
     for name, code in facts.code.layers.items():
         at = [index for index, block in blocks if block.layer == name]
@@ -112,13 +117,35 @@ def _layers(model: HybridLM, builder: Builder, facts: Facts) -> str:
     for name, code in facts.code.quantizers.items():
         at = [index for index, block in blocks if block.quantizer and block.quantizer.name == name]
         rows.append(_row("quantizer", name, at, code, builder.quantizers.provenance(name)))
+    changed = _changed_since_trained(builder, facts)
+    if changed:
+        rows.append(
+            f"\nThe sources of {', '.join(changed)} are not those of the trial that the figures "
+            "below are of: workbench.json has both."
+        )
     return "\n".join(rows) + "\n"
+
+
+def _changed_since_trained(builder: Builder, facts: Facts) -> list[str]:
+    trained = facts.metadata.get("provenance") or {}
+    now: dict[str, tuple[Registry[Any], Iterable[str]]] = {
+        "layers": (builder.layers, facts.code.layers),
+        "quantizers": (builder.quantizers, facts.code.quantizers),
+    }
+    return [
+        name
+        for kind, (registry, names) in now.items()
+        for name in names
+        if name in trained.get(kind, {})
+        and trained[kind][name]["sha256"] != registry.provenance(name).sha256
+    ]
 
 
 def _row(kind: str, name: str, at: list[int], code: tuple[str, str], origin: Any) -> str:
     blocks = ", ".join(map(str, at))
-    source = f"{origin.package or origin.plugin} {origin.version}"
-    return f"| {kind} | {name} | {blocks} | `{code[0]}`: `{code[1]}` | {source} |"
+    source = f"{origin.package or origin.plugin} {origin.version}, `{origin.module}`"
+    digest = f"sha256 `{origin.sha256[:SHORT]}`"
+    return f"| {kind} | {name} | {blocks} | `{code[0]}`: `{code[1]}` | {source} | {digest} |"
 
 
 def _figures(metrics: Mapping[str, Any], units: Mapping[str, str]) -> str:
@@ -133,6 +160,11 @@ def _figures(metrics: Mapping[str, Any], units: Mapping[str, str]) -> str:
 
 def _origin(metadata: Mapping[str, Any]) -> str:
     rows = [f"- {name}: {metadata[name]}" for name in ("study", "trial") if name in metadata]
+    for kind in ("placements", "data_sources", "metrics"):
+        for name, origin in (metadata.get("provenance") or {}).get(kind, {}).items():
+            source = f"{origin['package'] or origin['plugin']} {origin['version']}"
+            digest = f"`{origin['module']}`, sha256 `{origin['sha256'][:SHORT]}`"
+            rows.append(f"- {kind.removesuffix('s').replace('_', ' ')} {name}: {source}, {digest}")
     versions = metadata.get("versions") or {}
     rows += [f"- {name} {version}" for name, version in versions.items() if version]
     rows.append("- workbench.json holds all that is known of its making")

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.builder import Builder
-from workbench.discovery import Provenance
 from workbench.errors import WorkbenchError
 from workbench.exporter import Exporter, ExportReport
 from workbench.model import HybridLM
@@ -133,14 +132,12 @@ def _write_configs(folder: Path, model: HybridLM, special: Mapping[str, int | No
 
 
 def _record(builder: Builder, code: ModelCode, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    def of(origin: Provenance) -> dict[str, str | None]:
-        # Where the plugin lay on this machine is nobody else's concern.
-        return {name: value for name, value in origin.to_dict().items() if name != "file"}
-
     return {
         **metadata,
-        "layers": {name: of(builder.layers.provenance(name)) for name in code.layers},
-        "quantizers": {name: of(builder.quantizers.provenance(name)) for name in code.quantizers},
+        "layers": {name: builder.layers.provenance(name).public() for name in code.layers},
+        "quantizers": {
+            name: builder.quantizers.provenance(name).public() for name in code.quantizers
+        },
     }
 
 

@@ -12,15 +12,11 @@ from functools import partial
 from workbench.layout import Block, Layout, Named
 from workbench.preset import Preset
 from workbench_placement.mixed import PrefixSuffix, Strategic
-from workbench_presets.stacks import interleave, substitute
+from workbench_presets.stacks import interleave, substitute, swiglu
 
 MAMBA = Block(layer="mamba", config={"d_state": 16, "d_conv": 4, "expand": 2})
 MOAI_VOCAB = 128_000
 MOAI_FFN_RATIO = 2.75  # intermediate_size 5632 at hidden_size 2048
-
-
-def swiglu(intermediate_size: int) -> Block:
-    return Block(layer="swiglu", config={"intermediate_size": intermediate_size})
 
 
 def mamba_glm(d_model: int, num_layers: int) -> Layout:

@@ -68,6 +68,36 @@ def test_a_trial(cli: Cli, finished: Path) -> None:
     assert data["parameters"] >= trial.metrics["toy_weights"]
 
 
+def test_a_trial_is_described_as_its_study_counts(cli: Cli, toy_study: Path) -> None:
+    text = toy_study.read_text().replace('"toy_depth"', '"toy_depth", "memory_bytes"')
+    text += '\n[metrics.memory_bytes]\ncontext = 99\nbatch_size = 3\ndtype = "float32"\n'
+    toy_study.write_text(text)
+    assert cli("run", toy_study, "--trials", "1").status == 0
+    metrics = load_study("toys", "runs").trial(0).metrics
+    data = cli("describe", "toys:0", "--json").json
+    assert data["weight_bytes"] + data["state_bytes"] == metrics["memory_bytes"]
+    assert (data["context"], data["batch_size"], data["bytes_per_element"]) == (99, 3, 4)
+    shown = " ".join(cli("describe", "toys:0").out.split())
+    assert "Context, batch size and bytes an element as in memory_bytes of study toys." in shown
+    shown = " ".join(cli("describe", "toys:0", "--context", "7").out.split())
+    assert "Context 7 tokens; state of 3 sequences; 4 bytes an element" in shown
+    assert "Batch size and bytes an element as in memory_bytes of study toys." in shown
+    options = ("--context", "7", "--batch-size", "1", "--dtype", "bfloat16")
+    shown = cli("describe", "toys:0", *options).out
+    assert "2 bytes an element" in shown
+    assert "of study" not in shown
+
+
+def test_a_study_without_a_memory_metric_is_described_as_it_trains(
+    cli: Cli, finished: Path
+) -> None:
+    trial = load_study("toys", finished).front_trials()[0].name
+    data = cli("describe", trial, "--runs", finished, "--json").json
+    assert (data["context"], data["batch_size"], data["bytes_per_element"]) == (2048, 1, 4)
+    assert data["conditions_from"] == "Bytes an element as in study toys"
+    assert cli("describe", "mamba-130m", "--json").json["conditions_from"] == ""
+
+
 LAYOUT = {"d_model": 64, "vocab_size": 256, "blocks": [{"layer": "mamba"}, {"layer": "swiglu"}]}
 
 
@@ -134,7 +164,7 @@ def test_the_layout_of_the_mistakes_is_right(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("mamba-130", "unknown preset 'mamba-130'. Did you mean 'mamba-130m'? Known: bitbytelm"),
+        ("mamba-130", "unknown preset 'mamba-130'. Did you mean 'mamba-130m'? Known: "),
         ("absent.json", "No such file"),
         (".", "Is a directory"),
         ("toy:1", "unknown study 'toy'. Did you mean 'toys'?"),

@@ -1,14 +1,21 @@
-"""`workbench export`: what it says, and what it refuses; test_third_party.py exports for real."""
+"""`workbench export`: what it says, and what it refuses."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Cli
+from tests.cli.conftest import TEXT_STUDY, Cli
+from workbench.cli import export
 from workbench.records import load_study
+from workbench.study_config import StudyConfig
 
 
 @pytest.fixture
@@ -36,6 +43,40 @@ def test_text_says_how_to_load_it(cli: Cli, notes: Path, monkeypatch: pytest.Mon
     assert text.startswith("out: 1 file; ")
     assert "differ by at most 3e-07" in " ".join(text.split())
     assert 'from_pretrained("out", trust_remote_code=True)' in text
+
+
+def test_what_it_prints_runs_as_it_is(cli: Cli, notes: Path, tmp_path: Path) -> None:
+    """Text for a trial on text; token ids where the tokenizer is left out of it."""
+    shown = cli("export", "notes:0", "some 'model'", "--runs", notes).out
+    code = shown.partition("generates:\n\n")[2]
+    assert "tokenizer.decode" in code
+    (tmp_path / "snippet.py").write_text(code)
+    made = python(tmp_path, "snippet.py")
+    assert made.startswith("The ")
+    assert len(made.encode(errors="replace")) > 40
+    other = export._snippet(Path("some 'model'"), synthetic_config())
+    (tmp_path / "snippet.py").write_text(other)
+    assert json.loads(python(tmp_path, "snippet.py"))[:3] == [0, 1, 2]
+
+
+def synthetic_config() -> StudyConfig:
+    """A study of tokens that stand for no text."""
+    data = tomllib.loads(TEXT_STUDY)
+    return StudyConfig.from_dict({**data, "data": {"source": "mqar"}})
+
+
+def python(folder: Path, file: str) -> str:
+    """What a script prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,16 @@ from tests.cli.conftest import Cli
 from workbench import __version__
 from workbench.cli.app import COMMANDS, app
 
-NAMES = [module.__name__.rpartition(".")[2] for module in COMMANDS]
+NAMES = [module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS]
 ISSUE = [
-    "run", "show", "describe", "measure", "train", "export", "generate", "plugins", "doctor",
-    "dashboard",
+    "run", "show", "describe", "measure", "train", "export", "generate", "plugins", "new-plugin",
+    "check-plugin", "doctor", "dashboard",
 ]  # fmt: skip
 
 
 def examples(name: str) -> list[list[str]]:
     """The arguments of the example commands of one command, without comments."""
-    module = next(module for module in COMMANDS if module.__name__.endswith(f".{name}"))
+    module = COMMANDS[NAMES.index(name)]
     lines = module.EXAMPLES.replace("\\\n", " ").splitlines()
     commands = [re.split(r" {3,}(?!-)", line.strip())[0] for line in lines]
     return [shlex.split(command.partition("workbench ")[2]) for command in commands]
@@ -31,7 +31,7 @@ def test_every_command_is_there(cli: Cli) -> None:
     assert NAMES == ISSUE
     result = cli("--help")
     assert result.status == 0
-    listed = re.findall(r"^  ([a-z]+)  +[A-Z]", result.out, flags=re.M)
+    listed = re.findall(r"^  ([a-z][a-z-]+)  +[A-Z]", result.out, flags=re.M)
     assert listed == ISSUE
 
 
@@ -84,7 +84,7 @@ def test_version(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["descrbe"], "unknown command 'descrbe'. Did you mean 'describe'? Known: dashboard, "),
+        (["descrbe"], "unknown command 'descrbe'. Did you mean 'describe'? Known: check-plugin, "),
         (["show", "--al"], "No such option: --al"),
         (["describe"], "Missing argument 'LAYOUT'"),
         (["generate", "a:1"], "Missing option '--prompt'"),

@@ -107,6 +107,33 @@ def test_a_missing_file(cli: Cli, toy_study: Path, file: str, words: str) -> Non
     assert words in cli("run", file).refused()
 
 
+def test_only_studies_are_suggested(cli: Cli, toy_study: Path, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "mine"\n')
+    (tmp_path / "broken.toml").write_text("[space")
+    message = cli("run", "project.toml").refused()
+    assert message.endswith("there is no study file project.toml. Known: toys.toml.\n")
+
+
+def test_a_name_that_nothing_has_is_told_with_field_and_file(cli: Cli, toy_study: Path) -> None:
+    toy_study.write_text(toy_study.read_text().replace('"toy_depth"', '"toy_dept"'))
+    message = cli("run", toy_study).refused()
+    assert message.startswith(f"Error: {toy_study}: unknown metric in report 'toy_dept'.")
+    assert "--device: 'gpu' is no device" in cli("run", toy_study, "--device", "gpu").refused()
+
+
+def test_an_impossible_study_is_told_in_few_lines(cli: Cli, toy_study: Path) -> None:
+    toy_study.write_text(toy_study.read_text() + "\n[constraints]\ntoy_weights = {max = 3}\n")
+    result = cli("run", toy_study)
+    assert result.status == 2
+    assert len(result.err.splitlines()) < 10
+    assert "… and 39 more like it" in result.err
+    assert "Error: none of 40 suggestions is feasible." in result.err
+    assert "[constraints] toy_weights, such as: toy_weights = " in result.err
+    assert len(load_study("toys", "runs").trials()) == 40
+    shown = cli("show", "toys", "--all").out
+    assert "Next: workbench show toys:39 says why it is infeasible." in shown
+
+
 @pytest.mark.parametrize("trials", ["0", "-3"])
 def test_a_budget_of_nothing(cli: Cli, toy_study: Path, trials: str) -> None:
     assert "--trials: must be at least 1" in cli("run", toy_study, "--trials", trials).refused()

@@ -120,6 +120,18 @@ def test_a_front_holds_what_the_records_hold(cli: Cli, finished: Path) -> None:
     assert re.findall(r"^ +(\d+)  ", text, flags=re.M) == [str(number) for number in front]
 
 
+def test_what_to_look_at_next_can_be_opened(
+    cli: Cli, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study("wide", wide)
+    refused = study.path / "trials" / "00000" / "trial.json"
+    refused.write_text(json.dumps({"outcome": "infeasible", "reason": "too large"}))
+    best = study.front_trials()[0].name
+    assert best != "wide:0"
+    for arguments in (["wide"], ["wide", "--all"]):
+        assert f"Next: workbench show {best}\n" in cli("show", *arguments, "--runs", wide).out
+
+
 def test_one_trial(cli: Cli, finished: Path) -> None:
     trial = load_study("toys", finished).front_trials()[0]
     text = cli("show", trial.name, "--runs", finished).out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_a_run_leaves_layout_curve_and_weights(cli: Cli, layout: Path) -> None:
     before = Path("out/model.safetensors").read_bytes()
     assert "holds a trained model already" in train(cli, layout).refused()
     assert Path("out/model.safetensors").read_bytes() == before
+
+
+def test_a_long_run_is_not_silent_in_a_file(
+    cli: Cli, layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(cli, layout, "quick").err == ""
+    monkeypatch.setattr("workbench.cli.common.SILENCE", 0.0)
+    lines = train(cli, layout).err.splitlines()
+    assert len(lines) == 8
+    assert re.fullmatch(r"training, step 3 of 8, loss \d\.\d{3}", lines[2])
 
 
 def test_same_seed_same_weights_other_seed_others(cli: Cli, layout: Path) -> None:

@@ -109,19 +109,20 @@ def saved_again(model, folder: Path, tokens: Tensor) -> dict[str, Tensor]:  # ty
 
 
 def text(folder: Path) -> dict[str, Tensor]:
-    """What the tokenizer makes of all kinds of characters, and what the card's example gives."""
+    """What the tokenizer makes of all kinds of characters."""
     sample = "".join(map(chr, range(0x250))) + "\n\t é 漢字 🐍 </s> <pad>\r\n"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(sample).input_ids
     assert tokenizer.decode(ids) == sample
+    return {"ids": torch.tensor(ids), "bytes": torch.tensor(list(sample.encode()))}
+
+
+def example(folder: Path) -> dict[str, Tensor]:
+    """What the code on the model card generates."""
     namespace: dict[str, object] = {}
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     exec(code.replace(f'"{folder.name}"', f'"{folder}"'), namespace)
-    return {
-        "ids": torch.tensor(ids),
-        "bytes": torch.tensor(list(sample.encode())),
-        "card": namespace["tokens"],  # type: ignore[dict-item]
-    }
+    return {"card": namespace["tokens"]}  # type: ignore[dict-item]
 
 
 def main() -> None:
@@ -130,7 +131,7 @@ def main() -> None:
         tokens, request = file.get_tensor("tokens"), file.metadata()
     sys.meta_path.insert(0, Hidden(request["hidden"].split()))
     folder = Path(request["folder"])
-    seen = observe(folder, tokens)
+    seen = observe(folder, tokens) | example(folder)
     if (folder / "tokenizer.json").exists():
         seen |= text(folder)
     save_file(seen, sys.argv[2])

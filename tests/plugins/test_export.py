@@ -24,6 +24,9 @@ from workbench.layer import Context
 from workbench.layout import Block, Layout, Named
 from workbench.model import HybridLM
 
+# Its two models are exported and probed once: on one worker, not on each.
+pytestmark = pytest.mark.xdist_group("export")
+
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parents[1] / "plugins/example-linear-attention/lm_linear_attention.py"
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
@@ -63,7 +66,12 @@ def stocked(plugin_dir: Path) -> Builder:
     return builder
 
 
+ORIGIN = {"plugin": "p", "package": "some-package", "version": "3.1", "module": "some.module"}
 METADATA = {
+    "provenance": {
+        "layers": {"mamba": {**ORIGIN, "sha256": "0" * 64}},  # not as it is now
+        "metrics": {"bits_per_byte": {**ORIGIN, "sha256": "ab" * 32}},
+    },
     "study": "quickstart",
     "trial": 7,
     "metrics": {"bits_per_byte": 2.5},
@@ -237,9 +245,11 @@ class TestFreshProcess:
     def test_bytes_are_tokens(self, hybrid: Exported) -> None:
         assert hybrid.seen["ids"].tolist() == hybrid.seen["bytes"].tolist()
 
-    def test_the_cards_example_runs(self, hybrid: Exported) -> None:
+    def test_the_cards_example_runs(self, hybrid: Exported, quantized: Exported) -> None:
         assert hybrid.seen["card"][0, :4].tolist() == list(b"def ")
         assert hybrid.seen["card"].shape == (1, 44)
+        assert quantized.seen["card"][0, :3].tolist() == [0, 1, 2]  # it has no tokenizer
+        assert quantized.seen["card"].shape == (1, 19)
 
 
 class TestFolder:
@@ -305,6 +315,24 @@ class TestFolder:
         assert record["trial"] == 7
         assert record["layers"]["mamba"]["package"] == "lm-workbench"
         assert record["layers"]["linear-attention"]["version"].startswith("sha256:")
+
+    def test_the_sources_are_told_and_no_path_of_this_machine(
+        self, hybrid: Exported, stocked: Builder, plugin_dir: Path
+    ) -> None:
+        card = (hybrid.report.path / "README.md").read_text(encoding="utf-8")
+        record = json.loads((hybrid.report.path / "workbench.json").read_text(encoding="utf-8"))
+        for name in ("mamba", "linear-attention"):
+            origin = stocked.layers.provenance(name)
+            assert record["layers"][name] == origin.public()
+            assert f"`{origin.module}` | sha256 `{origin.sha256[:12]}` |" in card
+        metric = "metric bits_per_byte: some-package 3.1, `some.module`, sha256 `abababababab`"
+        assert f"- {metric}\n" in card
+        assert "The sources of mamba are not those of the trial" in card
+        places = (str(plugin_dir), stocked.layers.provenance("mamba").file.rpartition("/")[0])
+        for path in hybrid.report.path.glob("*"):
+            if path.suffix in (".json", ".md", ".py"):
+                text = path.read_text(encoding="utf-8")
+                assert not any(place in text for place in places), path.name
 
     def test_the_layout_travels_in_the_config(self, case: Exported) -> None:
         config = json.loads((case.report.path / "config.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ FICKLE = '''
 import torch
 import workbench
 from torch import nn
+from workbench.layer import PLAIN
 
 OFFSET = 0.0
 

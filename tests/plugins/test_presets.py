@@ -1,40 +1,22 @@
-"""Presets: published sizes against transformers, the documents' sizes against their documents."""
+"""Presets: the sizes of the documents against their documents; those of others beside ours."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
-    JambaConfig,
-    JambaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    NemotronHConfig,
-    NemotronHForCausalLM,
-)
+from transformers import JambaConfig, JambaForCausalLM
 
-from workbench.api import preset_table
+from workbench.api import describe, preset_table
 from workbench.builder import Builder
+from workbench.errors import PluginError
 from workbench.layout import Block, Layout
 from workbench_placement.mixed import Periodic
 from workbench_presets.stacks import interleave
 
-# From the config.json of the state-spaces checkpoints: size → d_model, n_layer.
-MAMBA = {
-    "130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48),
-    "2.8b": (2560, 64),
-}  # fmt: skip
-MAMBA2 = {
-    "130m": (768, 24), "370m": (1024, 48), "780m": (1536, 48), "1.3b": (2048, 48),
-    "2.7b": (2560, 64),
-}  # fmt: skip
 DOCUMENTED = {
     "mamba-glm-tiny": "300M", "mamba-glm-small": "1.5B",
     "moai-2b": "~2.1B", "moai-8b": "~8.2B", "moai-16b": "~16.4B",
@@ -61,28 +43,6 @@ def on_meta(model_class: Any, config: Any) -> int:
 
 def layers_of(layout: Layout) -> list[str]:
     return [block.layer for block in layout.blocks]
-
-
-@pytest.mark.parametrize("size", MAMBA)
-def test_mamba_counts_are_transformers(builder: Builder, size: str) -> None:
-    d_model, num_layers = MAMBA[size]
-    config = MambaConfig(vocab_size=50280, hidden_size=d_model, num_hidden_layers=num_layers)
-    assert exact(builder, f"mamba-{size}") == on_meta(MambaForCausalLM, config)
-
-
-@pytest.mark.parametrize("size", MAMBA2)
-def test_mamba2_counts_are_transformers(builder: Builder, size: str) -> None:
-    d_model, num_layers = MAMBA2[size]
-    config = Mamba2Config(
-        vocab_size=50288,
-        hidden_size=d_model,
-        num_hidden_layers=num_layers,
-        num_heads=2 * d_model // 64,
-        head_dim=64,
-        n_groups=1,
-        tie_word_embeddings=True,
-    )
-    assert exact(builder, f"mamba2-{size}") == on_meta(Mamba2ForCausalLM, config)
 
 
 @pytest.mark.parametrize(
@@ -234,48 +194,6 @@ def test_jambas_layers_can_be_expressed(builder: Builder) -> None:
     assert count == on_meta(JambaForCausalLM, config)
 
 
-def test_bambas_layers_can_be_expressed(builder: Builder) -> None:
-    config = BambaConfig(num_hidden_layers=4, attn_layer_indices=[2])
-    mamba = Block(layer="mamba2", config={"d_state": 256, "headdim": 64})
-    attention = Block(
-        layer="attention",
-        config={"num_heads": 32, "num_kv_heads": 8, "partial_rotary_factor": 0.5},
-    )
-    layout = Layout(
-        d_model=4096,
-        vocab_size=128_000,
-        tie_embeddings=False,
-        blocks=interleave(
-            [mamba, mamba, attention, mamba],
-            Block(layer="swiglu", config={"intermediate_size": 14_336}),
-        ),
-    )
-    count = builder.costs(layout, length=1).total.parameters
-    assert count == on_meta(BambaForCausalLM, config)
-
-
-def test_nemotron_hs_layers_can_be_expressed(builder: Builder) -> None:
-    types = ["linear_attention", "mlp", "full_attention", "mlp"]
-    config = NemotronHConfig(layers_block_type=types)
-    mlp = Block(layer="relu2_mlp", config={"intermediate_size": 21_504})
-    mamba = Block(
-        layer="mamba2",
-        config={"num_heads": 128, "headdim": 64, "n_groups": 8, "grouped_norm": True},
-    )
-    attention = Block(
-        layer="attention",
-        config={"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "position": "none"},
-    )
-    layout = Layout(
-        d_model=4096,
-        vocab_size=131_072,
-        tie_embeddings=False,
-        blocks=(mamba, mlp, attention, mlp),
-    )
-    count = builder.costs(layout, length=1).total.parameters
-    assert count == on_meta(NemotronHForCausalLM, config)
-
-
 def test_table_shows_the_exact_count_beside_the_claim(builder: Builder) -> None:
     table = preset_table()
     print(f"\n{table}")
@@ -285,3 +203,45 @@ def test_table_shows_the_exact_count_beside_the_claim(builder: Builder) -> None:
     assert "| 1,727,268,864 | ~2.1B |" in rows["moai-2b"]
     assert "| 129,135,360 | 130M |" in rows["mamba-130m"]
     assert "| – |" in rows["bitbytelm-mamba"]
+
+
+THEIRS = """
+from workbench import Block, Layer, Layout, NoConfig, Preset, hookimpl
+from workbench.costs import Costs
+
+
+class Nothing(Layer):
+    Config = NoConfig
+
+    @classmethod
+    def costs(cls, d_model, config, *, length, bytes_per_element=4):
+        return Costs(parameters=0, forward_flops=0, decode_flops=0)
+
+
+def layout():
+    return Layout(d_model=8, vocab_size=16, blocks=(Block(layer="nothing"),))
+
+
+@hookimpl
+def register_layers(register):
+    register("nothing", Nothing)
+
+
+@hookimpl
+def register_presets(register):
+    register("NAME", Preset(layout=layout, source="theirs", stated_parameters="144"))
+"""
+
+
+def test_a_package_may_bring_presets_of_its_own_layers(tmp_path: Path) -> None:
+    (tmp_path / "their_presets.py").write_text(THEIRS.replace("NAME", "their-model"))
+    assert describe("their-model", plugin_dirs=[tmp_path]).total.parameters == 16 * 8 + 2 * 8
+    rows = preset_table(plugin_dirs=[tmp_path]).splitlines()
+    assert "| their-model | 144 | 144 | theirs |" in rows
+    assert any(row.startswith("| mamba-130m |") for row in rows)
+
+
+def test_two_packages_may_not_name_a_preset_alike(tmp_path: Path) -> None:
+    (tmp_path / "their_presets.py").write_text(THEIRS.replace("NAME", "bamba-9b"))
+    with pytest.raises(PluginError, match="two plugins offer a preset called 'bamba-9b'"):
+        Builder.load([tmp_path])

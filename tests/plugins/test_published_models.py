@@ -7,7 +7,6 @@ greedy generation. Shape suffixes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import re
 from functools import cache
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.plugins.published_weights import our_names
 from workbench.builder import default_builder
 from workbench.layer import Context
 from workbench.layout import Block, Layout
@@ -182,45 +182,6 @@ FAMILIES = {
     "jamba": jamba,
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-OUTSIDE = {
-    "model.embed_tokens.weight": "embedding.weight",
-    "model.embeddings.weight": "embedding.weight",
-    "model.norm.weight": "norm_f.weight",
-    "model.norm_f.weight": "norm_f.weight",
-    "model.final_layernorm.weight": "norm_f.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-# Part of one of their layers: which of our blocks it is, counted in the layer, and what in it.
-PARTS = {
-    "input_layernorm": (0, "norm"),
-    "norm": (0, "norm"),
-    "self_attn": (0, "layer"),
-    "mamba": (0, "layer"),
-    "mixer": (0, "layer"),
-    "post_attention_layernorm": (1, "norm"),
-    "pre_ff_layernorm": (1, "norm"),
-    "mlp": (1, "layer"),
-    "feed_forward": (1, "layer"),
-    "shared_mlp": (1, "layer"),
-}
-
-
-def our_names(theirs: dict[str, Tensor], blocks_per_layer: int) -> dict[str, Tensor]:
-    """Their state dict under our names."""
-    ours = {}
-    for name, tensor in theirs.items():
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(.+)", name)
-        if match is None:
-            ours[OUTSIDE[name]] = tensor
-            continue
-        offset, part = PARTS[match[2]]
-        prefix = f"blocks.{blocks_per_layer * int(match[1]) + offset}.{part}."
-        if match[3] == "input_linear.weight":  # Granite stacks gate on up
-            ours[prefix + "gate_proj.weight"], ours[prefix + "up_proj.weight"] = tensor.chunk(2)
-        else:
-            ours[prefix + match[3].replace("output_linear", "down_proj")] = tensor
-    return ours
 
 
 @cache

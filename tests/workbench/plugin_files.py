@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,9 +48,9 @@ def write_layer_plugin(folder: Path, name: str, layer: str) -> Path:
 
 
 @contextmanager
-def only_these(*points: object) -> Iterator[None]:
+def only_these(*points: EntryPoint) -> Iterator[None]:
     """Inside, the installed plugins are the given entry points."""
-    with patch("workbench.discovery.entry_points", lambda group: points):
+    with patch("workbench.discovery.entry_points", lambda: EntryPoints(points)):
         yield
 
 

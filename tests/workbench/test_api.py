@@ -211,7 +211,18 @@ def test_to_dict_is_json_with_every_row_and_the_claim_apart() -> None:
     assert data["blocks"][1]["config"]["intermediate_size"] == 5632
     assert data["pattern"] == "M-" * 24
     assert Layout.from_dict(data["layout"]).hash == data["hash"]
-    assert workbench.describe(data["layout"]).to_dict()["stated (claimed)"] is None
+    other = {**data["layout"], "norm_eps": 1e-3}
+    assert workbench.describe(other).to_dict()["stated (claimed)"] is None
+
+
+def test_a_layout_that_equals_a_presets_keeps_its_name_and_claim() -> None:
+    layout = workbench.load_layout("mamba-130m")
+    for source in (layout, layout.to_dict()):
+        description = workbench.describe(source)
+        assert description.name == "mamba-130m"
+        assert description.to_dict() == workbench.describe("mamba-130m").to_dict()
+    other = workbench.describe(layout.replace(vocab_size=layout.vocab_size + 1))
+    assert (other.name, other.preset) == ("", None)
 
 
 def test_frame_has_a_row_a_block(hybrid: Layout) -> None:

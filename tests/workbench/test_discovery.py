@@ -15,7 +15,7 @@ from tests.workbench.plugin_files import (
     write_plugin,
 )
 from workbench.builder import Builder
-from workbench.discovery import discover
+from workbench.discovery import GROUP, discover
 from workbench.errors import PluginError, UnknownNameError, WorkbenchError
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def installed(name: str, module: str) -> EntryPoint:
-    return EntryPoint(name=name, value=module, group="workbench")
+    return EntryPoint(name=name, value=module, group=GROUP)
 
 
 def test_a_file_says_where_it_came_from(folder: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_file_says_where_it_came_from(folder: Path) -> None:
 
 
 def test_built_in_plugins_come_as_a_strangers_would() -> None:
-    points = [point for point in entry_points(group="workbench") if point.name == "mlp"]
+    points = [point for point in entry_points(group=GROUP) if point.name == "mlp"]
     with only_these(*points):
         provenance = discover().loaded["mlp"]
     assert provenance.package == "lm-workbench"

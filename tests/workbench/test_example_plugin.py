@@ -5,6 +5,7 @@ It is installed into an empty folder, as pip installs it anywhere, and seen from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -95,6 +96,7 @@ def test_its_layer_says_where_it_came_from(seen: dict[str, Any], target: Path) -
         "version": "0.1.0",
         "module": "lm_linear_attention",
         "file": str(target / "lm_linear_attention.py"),
+        "sha256": hashlib.sha256((target / "lm_linear_attention.py").read_bytes()).hexdigest(),
     }
 
 

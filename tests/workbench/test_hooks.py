@@ -5,7 +5,9 @@ Each example is loaded as the plugin file that the text says it is.
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from workbench.errors import WorkbenchError
 from workbench.layout import Layout
 from workbench.testing import (
     DataSourceContract,
+    ExporterContract,
     LayerContract,
     MetricContract,
     PlacementContract,
@@ -36,11 +39,12 @@ SECTIONS = sections(DOCUMENT)
 @cache
 def examples() -> Builder:
     """A builder with the examples of all sections as plugins, and nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        for hook, text in SECTIONS.items():
-            _, example = code_blocks(text)
-            (Path(folder) / f"{hook}.py").write_text(example, encoding="utf-8")
-        return builder_of(Path(folder))
+    folder = Path(tempfile.mkdtemp())  # kept while tests run: exporters read its sources
+    atexit.register(shutil.rmtree, folder)
+    for hook, text in SECTIONS.items():
+        _, example = code_blocks(text)
+        (folder / f"{hook}.py").write_text(example, encoding="utf-8")
+    return builder_of(folder)
 
 
 def test_every_hook_has_a_section_and_no_other() -> None:
@@ -97,6 +101,11 @@ class TestMetricExample(MetricContract):
 
 class TestDataSourceExample(DataSourceContract):
     source = examples().data_sources["sums"]
+    configs = (NoConfig(),)
+
+
+class TestExporterExample(ExporterContract):
+    exporter = examples().exporters["plain"]
     configs = (NoConfig(),)
 
 

@@ -47,6 +47,34 @@ def test_a_front_minds_each_direction(study: Study) -> None:
     assert list(study.front().index) == [0, 2]
 
 
+def test_a_frame_keeps_whole_numbers_whole_and_objectives_first(study: Study) -> None:
+    write_trial(study.path, 3, 1.0, 1.0, metrics={"depth": 4.0, "speed": 3.0, "loss": 2.0})
+    records = {0: {"d_model": 64, "rate": 1.0, "mixer": "mamba"}, 1: {"d_model": 96, "heads": 2}}
+    for number, params in records.items():
+        path = study.path / "trials" / f"{number:05d}" / "trial.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "params": params}))
+    refused = {"outcome": "infeasible", "metrics": {}, "params": {"d_model": 8}}
+    write_trial(study.path, 4, 0.0, 0.0, **refused)
+    frame = study.frame()
+    assert list(frame.reset_index().columns) == [
+        "number", "outcome", "loss", "speed", "depth",
+        "param.d_model", "param.rate", "param.mixer", "param.heads",
+        "pattern", "reason", "seconds", "layout",
+    ]  # fmt: skip
+    assert str(frame["param.d_model"].dtype) == str(frame["param.heads"].dtype) == "Int64"
+    assert str(frame["param.rate"].dtype) == str(frame["loss"].dtype) == "float64"
+    assert frame["param.d_model"].dropna().to_dict() == {0: 64, 1: 96, 4: 8}
+    assert frame["loss"].isna().tolist() == [False] * 4 + [True]
+    assert list(study.front().columns)[:3] == ["outcome", "loss", "speed"]
+
+
+def test_a_frame_without_trials_has_its_columns(tmp_path: Path) -> None:
+    write_study(tmp_path, "empty")
+    frame = load_study("empty", tmp_path).frame()
+    assert frame.empty
+    assert list(frame.columns)[:3] == ["outcome", "loss", "speed"]
+
+
 def test_a_damaged_record_is_a_row_that_says_so(study: Study) -> None:
     path = study.path / "trials" / "00000" / "trial.json"
     path.write_text('{"outcome": "comp')

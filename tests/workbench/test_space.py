@@ -47,6 +47,18 @@ def test_layouts_come_from_the_offered_values_only(builder, study_data):
     assert len(seen) > 10
 
 
+@pytest.mark.parametrize(
+    ("field", "absent"),
+    [("mixers", {"swiglu", "none"}), ("mlps", {"mamba", "toy"})],
+)
+def test_an_unknown_layer_is_compared_with_what_may_stand_there(builder, study_data, field, absent):
+    with pytest.raises(UnknownNameError, match=f"layer in space.{field} 'mystery'") as caught:
+        make_space(builder, study_data, **{field: ["mystery"]})
+    assert absent.isdisjoint(caught.value.known)
+    kinds = {builder.layers[name].kind == "mlp" for name in caught.value.known if name != "none"}
+    assert kinds == {field == "mlps"}
+
+
 def test_parameters_of_absent_layers_are_not_drawn(builder, study_data):
     for layout, params in draw(make_space(builder, study_data)):
         assert ("toy.width" in params) == any(b.layer == "toy" for b in layout.blocks)

@@ -112,6 +112,46 @@ def test_resume_is_told_and_a_finished_study_does_nothing(study_data, runs):
     assert len(load_study("toys", runs).trials()) == count
 
 
+def test_a_reporter_hears_of_every_phase(study_data, runs):
+    heard = []
+
+    class Listener(Reporter):
+        def trial_started(self, number, pattern):
+            heard.append((number, pattern))
+
+        def trial_phase(self, number, phase):
+            heard.append(phase)
+
+        def trial_progress(self, number, step, steps, loss):
+            heard.append((step, steps))
+
+    study = run_study(make_config(study_data, **{"budget.trials": 1}), runs, Listener())
+    steps = [(step, 8) for step in range(1, 9)]
+    start = (0, study.trial(0).pattern)
+    assert heard == [start, "measuring", "training", *steps, "validating"]
+    heard.clear()
+    run_study(
+        make_config(study_data, name="still", report=[], **{"budget.trials": 1}), runs, Listener()
+    )
+    assert heard[1:3] == ["building", "training"]
+
+
+def test_forgotten_plugin_folders_are_named(study_data, runs, tmp_path):
+    folder = tmp_path / "my plugins"
+    folder.mkdir()
+    (folder / "toys.py").write_text((TOYS / "toys.py").read_text())
+    study_data["plugin_dirs"] = [str(folder)]
+    run(study_data, runs, **{"budget.trials": 1})
+    before = (runs / "toys" / "study.json").read_text()
+    with pytest.raises(WorkbenchError) as caught:
+        run(study_data, runs, plugin_dirs=[])
+    assert f"made with the plugins of {folder}: add --plugin-dir '{folder}'." in str(caught.value)
+    assert (runs / "toys" / "study.json").read_text() == before
+    with pytest.raises(WorkbenchError) as caught:  # a study that was never made has forgotten none
+        run(study_data, runs, plugin_dirs=[], name="other")
+    assert "--plugin-dir" not in str(caught.value)
+
+
 def test_duplicates_reuse_figures_and_are_not_trained(study_data, runs):
     study = run(study_data, runs, **{"space.layers": {}, "budget.trials": 7})
     duplicates = [trial for trial in study.trials() if trial.outcome == "duplicate"]
@@ -300,8 +340,11 @@ def test_a_changed_study_is_refused_and_loses_nothing(study_data, runs, change, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"objectives": ["toy_los"]}, "Did you mean 'toy_loss'"),
-        ({"data.source": "countin"}, "Did you mean 'counting'"),
+        ({"objectives": ["toy_los"]}, "metric in objectives 'toy_los'. Did you mean 'toy_loss'"),
+        ({"report": ["toy_dept"]}, "metric in report 'toy_dept'. Did you mean 'toy_depth'"),
+        ({"constraints": {"toy": {"max": 1}}}, "metric in constraints 'toy'"),
+        ({"metrics": {"toy": {}}}, r"metric under \[metrics\] 'toy'"),
+        ({"data.source": "countin"}, "data source in data.source 'countin'. Did you mean 'count"),
         ({"data.vocab": 3}, "Did you mean 'vocab_size'"),
         ({"metrics": {"toy_loss": {"k": 1}}}, "field of metrics.toy_loss 'k'"),
         ({"training.tokens": 3}, "training.tokens"),
@@ -311,7 +354,7 @@ def test_a_changed_study_is_refused_and_loses_nothing(study_data, runs, change, 
         ({"sampler": {"class": "optuna.samplers.TPE"}}, "cannot be imported"),
         ({"sampler": {"class": "json.JSONDecoder"}}, "no optuna sampler"),
         ({"sampler": {"n_startup": 3}}, "refuses its arguments"),
-        ({"runtime.device": "gpu"}, "no device"),
+        ({"runtime.device": "gpu"}, "runtime.device: 'gpu' is no device"),
     ],
 )
 def test_mistakes_leave_no_study_behind(study_data, runs, change, words):
@@ -332,8 +375,8 @@ from workbench.study import Reporter, run_study
 from workbench.study_config import StudyConfig
 
 class Loud(Reporter):
-    def trial_progress(self, number, share, loss):
-        print("progress", number, share, flush=True)
+    def trial_progress(self, number, step, steps, loss):
+        print("progress", number, step / steps, flush=True)
 
 if __name__ == "__main__":
     run_study(StudyConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], Loud())

@@ -1,8 +1,12 @@
-"""docs/tutorial-layer.md is true: its files, written as it says, load, pass and build."""
+"""docs/tutorial-layer.md is true: its files, written as it says, load, pass and build.
+
+Its commands are run as they stand there.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +18,12 @@ from workbench.testing import LayerContract
 
 DOCUMENT = (DOCS / "tutorial-layer.md").read_text(encoding="utf-8")
 LAYER, TEST, USE = code_blocks(DOCUMENT)
+COMMANDS = [
+    shlex.split(line.removeprefix("$ "))
+    for block in code_blocks(DOCUMENT, "console")
+    for line in block.splitlines()
+]
+(REPORT,) = code_blocks(DOCUMENT, "text")
 
 
 @pytest.fixture
@@ -50,11 +60,58 @@ def test_its_failures_read_as_the_page_says(folder: Path) -> None:
     leaky = LAYER.replace("context.seq_idx_BT is not None", "False")
     leaky = leaky.replace("state.last_BD = x_BTD[:, -1]", "pass")
     (folder / "token_shift.py").write_text(leaky, encoding="utf-8")
-    result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow")
     assert result.returncode == 1
     for message in ("document at 1 of row 0: outputs", "steps against forward, length 7"):
         assert f"`{message}: off by …`" in DOCUMENT
         assert f"AssertionError: {message}: off by " in result.stdout
+
+
+def workbench(
+    folder: Path, *arguments: str, more: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """One command of the page, in that folder, with more options."""
+    assert ["workbench", *arguments] in COMMANDS
+    command = Path(sys.executable).with_name("workbench")
+    return subprocess.run(
+        [command, *arguments, *more],
+        cwd=folder,
+        # pytest-xdist gives lines a width, to which prose would be wrapped.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_check_plugin_passes_as_the_page_says(folder: Path) -> None:
+    (folder / "test_token_shift.py").unlink()
+    result = workbench(folder.parent, "check-plugin", "my_layers/token_shift.py")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.splitlines()[-1].startswith("token_shift: ")
+
+
+def test_check_plugin_reports_as_the_page_says(folder: Path) -> None:
+    (folder / "test_token_shift.py").unlink()
+    leaky = LAYER.replace("context.mask_padding(x_BTD)", "x_BTD")
+    (folder / "token_shift.py").write_text(leaky, encoding="utf-8")
+    result = workbench(
+        folder.parent, "check-plugin", "my_layers/token_shift.py", more=("--only", "padding")
+    )
+    assert result.returncode == 1
+    assert REPORT in result.stdout
+    (line,) = [i for i, text in enumerate(leaky.splitlines(), 1) if "def forward(" in text]
+    assert f"look at:   {folder / 'token_shift.py'}:{line}\n" in result.stdout
+    assert "mend:      Use `context.attention_mask_BT`" in result.stdout
+
+
+def test_a_package_is_begun_as_the_page_says(tmp_path: Path) -> None:
+    result = workbench(tmp_path, "new-plugin", "token-mixer", "--kind", "layer")
+    assert result.returncode == 0, result.stderr
+    shown = [shlex.split(line) for line in result.stdout.splitlines() if "token-mixer" in line]
+    after = COMMANDS.index(["workbench", "new-plugin", "token-mixer", "--kind", "layer"])
+    assert shown[1:4] == COMMANDS[after + 1 :]
+    assert (tmp_path / "token-mixer" / "pyproject.toml").is_file()
 
 
 def test_it_is_used_as_the_page_says(folder: Path) -> None:

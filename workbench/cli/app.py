@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -11,13 +12,16 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from workbench import stray_output
 from workbench.cli import (
+    check_plugin,
     dashboard,
     describe,
     doctor,
     export,
     generate,
     measure,
+    new_plugin,
     plugins,
     run,
     show,
@@ -27,13 +31,26 @@ from workbench.errors import UnknownNameError, WorkbenchError
 
 FAULT = 1
 USER_ERROR = 2
-COMMANDS = (run, show, describe, measure, train, export, generate, plugins, doctor, dashboard)
+COMMANDS = (
+    run,
+    show,
+    describe,
+    measure,
+    train,
+    export,
+    generate,
+    plugins,
+    new_plugin,
+    check_plugin,
+    doctor,
+    dashboard,
+)
 EPILOG = """\b
 Start with:
   workbench run studies/quickstart.toml
 
-Exit status: 0 done, 1 a fault of the workbench, 2 a mistake in what was given,
-130 stopped by Ctrl-C."""
+Exit status: 0 done, 1 a fault of the workbench or a check that failed, 2 a mistake in what was
+given, 130 stopped by Ctrl-C."""
 
 
 class _ConvertsLittle:
@@ -92,7 +109,7 @@ app = typer.Typer(
 )
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
-    app.command(name, cls=Command, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(
+    app.command(name.replace("_", "-"), cls=Command, epilog=f"\b\nExamples:\n{module.EXAMPLES}")(
         getattr(module, name)
     )
 
@@ -120,8 +137,10 @@ def run_app(arguments: list[str] | None = None) -> int:
     Args:
         arguments: those of the process if None.
     """
+    wants_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments)
+        with stray_output.apart() if wants_json else contextlib.nullcontext():
+            app(arguments)
     except SystemExit as end:  # how typer always ends
         return _flushed(end.code if isinstance(end.code, int) else 0)
     except WorkbenchError as error:

@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.figures import figure
+from workbench.stray_output import results
 from workbench.text_table import Column, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from workbench.builder import Builder
+    from workbench.study_config import StudyConfig
 
 __all__ = ["Column", "figure"]
+
+SILENCE = 30.0  # seconds of work after which a file or pipe is told how far it is
 
 Runs = Annotated[
     Path | None,
@@ -87,8 +91,10 @@ def say(text: str) -> None:
 
 def print_json(data: Any) -> None:
     """Machine-readable output, alone on standard output."""
-    json.dump(data, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
+    stream = results()
+    json.dump(data, stream, indent=2, allow_nan=False)
+    stream.write("\n")
+    stream.flush()
 
 
 def print_table(columns: Sequence[Column], more: str = "--json") -> None:
@@ -102,6 +108,11 @@ def print_table(columns: Sequence[Column], more: str = "--json") -> None:
     if made.left_out:
         say(f"No room for {', '.join(made.left_out)}: widen the terminal, or see {more}.")
     print()
+
+
+def prompt_of(config: StudyConfig) -> str:
+    """A beginning that a model of the study's data may know: code or prose."""
+    return "def main(" if config.data["source"] == "stdlib" else "The "
 
 
 def count(number: int, noun: str) -> str:

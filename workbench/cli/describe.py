@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from workbench import stray_output
 from workbench.cli.common import Json, PluginDirs, Runs, Source, line_width, print_json
 
 EXAMPLES = """\
@@ -17,17 +18,24 @@ EXAMPLES = """\
 def describe(
     source: Source,
     context: Annotated[
-        int, typer.Option(metavar="TOKENS", help="Context at which FLOPs and state are given.")
-    ] = 2048,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences held at once.")] = 1,
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Context at which FLOPs and state are given; 2048, for a trial its study's.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Sequences held at once; 1, for a trial its study's."),
+    ] = None,
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="DTYPE",
             help="Of caches and of weights that no quantizer stores: float64, float32, bfloat16, "
-            "float16.",
+            "float16; bfloat16, for a trial its study's.",
         ),
-    ] = "bfloat16",
+    ] = None,
     runs: Runs = None,
     plugin_dir: PluginDirs = None,
     json: Json = False,
@@ -41,19 +49,20 @@ def describe(
     from workbench.description_text import to_text
     from workbench.errors import FieldError, UnknownNameError
 
-    if dtype not in DTYPE_BYTES:
+    if dtype is not None and dtype not in DTYPE_BYTES:
         raise UnknownNameError("dtype", dtype, DTYPE_BYTES)
     for name, value in (("--context", context), ("--batch-size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise FieldError(name, f"must be at least 1, got {value}")
-    description = describe_layout(
-        source,
-        runs=runs,
-        context=context,
-        batch_size=batch_size,
-        bytes_per_element=DTYPE_BYTES[dtype],
-        plugin_dirs=tuple(plugin_dir or ()),
-    )
+    with stray_output.apart():
+        description = describe_layout(
+            source,
+            runs=runs,
+            context=context,
+            batch_size=batch_size,
+            bytes_per_element=None if dtype is None else DTYPE_BYTES[dtype],
+            plugin_dirs=tuple(plugin_dir or ()),
+        )
     if json:
         print_json(description.to_dict())
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,11 @@ from workbench.cli.common import (
     as_options,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from workbench.data import DataSource
+    from workbench.generation import SamplingConfig
+    from workbench.model import HybridLM
 
 EXAMPLES = """\
   workbench generate quickstart:7 --prompt 'def main(' --max-new-tokens 200
@@ -50,37 +56,60 @@ def generate(
 
     Prints the prompt and its continuation as it comes.
     """
-    import torch
-
-    from workbench.environment import resolve_device
     from workbench.errors import FieldError
-    from workbench.export import trial_builder
-    from workbench.generation import SamplingConfig, TextStream, stream
-    from workbench.records import load_trial, runs_folder
-    from workbench.trial import load_trained, make_data
+    from workbench.generation import SamplingConfig
 
     if max_new_tokens < 1:
         raise FieldError("--max-new-tokens", f"must be at least 1, got {max_new_tokens}")
     _check_prompt(prompt)
     with as_options():
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    model, data = _open(trial, device, tuple(plugin_dir or ()), runs)
+    show = _Shown(silent=json)
+    made = _continue(model, data, prompt, max_new_tokens, sampling, seed, show)
+    if json:
+        print_json({"prompt": prompt, **made, "seed": seed})
+    else:
+        sys.stdout.write("\n")
+
+
+def _open(
+    trial: str, device: str, plugin_dirs: tuple[Path, ...], runs: Path | None
+) -> tuple[HybridLM, DataSource]:
+    """A trial's trained model, and the data that knows how text becomes its tokens."""
+    from workbench.environment import resolve_device
+    from workbench.export import trial_builder
+    from workbench.records import load_trial, runs_folder
+    from workbench.trial import load_trained, make_data
+
     record = load_trial(trial, runs)
-    builder, config = trial_builder(record, tuple(plugin_dir or ()))
+    builder, config = trial_builder(record, plugin_dirs)
     model = load_trained(builder, record.layout, record.weights, resolve_device(device))
-    data = make_data(config, builder, runs_folder(runs) / ".cache")
+    return model, make_data(config, builder, runs_folder(runs) / ".cache")
+
+
+def _continue(
+    model: HybridLM,
+    data: DataSource,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    seed: int,
+    show: _Shown,
+) -> dict[str, Any]:
+    """Show the prompt and what follows it; the text and tokens that were added."""
+    import torch
+
+    from workbench.generation import TextStream, stream
+
     ids = data.encode(prompt)
     prompt_BT = torch.tensor([ids], device=model.device)
     text = TextStream(data.decode, ids)
-    show = _Shown(silent=json)
     show(prompt)
     for token_B in stream(model, prompt_BT, max_new_tokens, config=sampling, seed=seed):
         show(text.push(int(token_B[0])))
     show(text.finish())
-    if json:
-        made = {"text": show.text[len(prompt) :], "tokens": text.tokens}
-        print_json({"prompt": prompt, **made, "seed": seed})
-    else:
-        sys.stdout.write("\n")
+    return {"text": show.text[len(prompt) :], "tokens": text.tokens}
 
 
 def _check_prompt(prompt: str) -> None:

@@ -55,13 +55,9 @@ def measure(
 
     from workbench.api import find
     from workbench.cli.memory import explained, require_memory
-    from workbench.environment import environment, resolve_device
-    from workbench.errors import FieldError
+    from workbench.environment import resolve_device
 
-    sizes = {"context": context, "batch-size": batch_size, "tokens": tokens}
-    for name, value in {**sizes, "threads": 1 if threads is None else threads}.items():
-        if value < 1:
-            raise FieldError(f"--{name}", f"must be at least 1, got {value}")
+    _refuse_below_one(context=context, batch_size=batch_size, tokens=tokens, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
     where = resolve_device(device)
@@ -69,22 +65,33 @@ def measure(
     require_memory(_needed(plugins, layout, context + tokens, batch_size), where, ADVICE)
     with explained(ADVICE):
         timings = _timings(plugins, layout, where, context, batch_size, tokens)
-    result: dict[str, Any] = {
-        "source": source,
-        "pattern": plugins.pattern(layout),
-        "layout_hash": layout.hash,
-        "context": context,
-        "batch_size": batch_size,
-        **{f"{name}_ms": 1000 * timing.median for name, timing in timings.items()},
-        **{f"{name}_spread": timing.spread for name, timing in timings.items()},
-        **{f"{name}_repeats": timing.repeats for name, timing in timings.items()},
-        "decode_tokens_per_second": batch_size / timings["decode"].median,
-        "environment": environment(where),
-    }
+    facts = {"source": source, "pattern": plugins.pattern(layout), "layout_hash": layout.hash}
+    sizes = {"context": context, "batch_size": batch_size}
+    result = {**facts, **sizes, **_figures(timings, batch_size, where)}
     if json:
         print_json(result)
     else:
         _print(result, timings)
+
+
+def _refuse_below_one(**sizes: int | None) -> None:
+    from workbench.errors import FieldError
+
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise FieldError(f"--{name.replace('_', '-')}", f"must be at least 1, got {value}")
+
+
+def _figures(timings: dict[str, Timing], batch_size: int, device: str) -> dict[str, Any]:
+    from workbench.environment import environment
+
+    return {
+        **{f"{name}_ms": 1000 * timing.median for name, timing in timings.items()},
+        **{f"{name}_spread": timing.spread for name, timing in timings.items()},
+        **{f"{name}_repeats": timing.repeats for name, timing in timings.items()},
+        "decode_tokens_per_second": batch_size / timings["decode"].median,
+        "environment": environment(device),
+    }
 
 
 def _needed(plugins: Builder, layout: Layout, length: int, batch_size: int) -> int:

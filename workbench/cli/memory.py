@@ -35,7 +35,7 @@ def explained(advice: str) -> Iterator[None]:
     Raises:
         WorkbenchError: in place of what the allocator raised.
     """
-    from workbench.trial import classify
+    from workbench.verdict import classify
 
     try:
         yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.cli.common import Json, PluginDirs, builder, print_json, print_table, say
+from workbench.provenance import SHORT
 from workbench.text_table import Column
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ def plugins(
 ) -> None:
     """List what plugins offer, and where each came from.
 
-    Layers, placements, quantizers, metrics, data sources, exporters and presets.
+    Layers, placements, quantizers, metrics, data sources, exporters and presets; package, version,
+    sources (sha256) and file of each plugin; and which could not be loaded, and why.
     WORKBENCH_DISABLE=NAME,NAME leaves plugins out.
     """
     known = builder(plugin_dir)
@@ -51,7 +54,7 @@ def plugins(
         say(f"Disabled by WORKBENCH_DISABLE: {', '.join(known.plugins.disabled)}")
     for failure in known.plugins.failures.values():
         say(f"Plugin {failure.plugin!r} did not load: {failure.reason}")
-        if traceback:
+        if traceback and failure.traceback:
             print(failure.traceback)
     if known.plugins.failures and not traceback:
         say("workbench plugins --traceback shows where.")
@@ -67,8 +70,8 @@ def _not_loaded(found: Plugins) -> dict[str, Any]:
     failures = found.failures.values()
     return {
         "failed": [
-            {"plugin": f.plugin, "module": f.module, "reason": f.reason, "traceback": f.traceback}
-            for f in failures
+            {field.name: getattr(failure, field.name) for field in dataclasses.fields(failure)}
+            for failure in failures
         ],
         "disabled": list(found.disabled),
     }
@@ -94,5 +97,6 @@ def _plugin_columns(found: Plugins) -> list[Column]:
         Column(heading="plugin", cells=[plugin.plugin for plugin in loaded]),
         Column(heading="package", cells=[plugin.package or "–" for plugin in loaded]),
         Column(heading="version", cells=[plugin.version for plugin in loaded]),
+        Column(heading="sha256", cells=[plugin.sha256[:SHORT] for plugin in loaded], rank=1),
         Column(heading="file", cells=[plugin.file for plugin in loaded], fit="wrap"),
     ]

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Column
+from rich.text import Text
 
+from workbench.cli.common import SILENCE
 from workbench.cli.tables import ARROWS, PATTERN
 from workbench.description_text import short_pattern
 from workbench.figures import figure
 from workbench.records import Objective, Study, Trial
+from workbench.refusals import cause_of
 from workbench.study import JUDGED, Reporter
 
 
 class RichReporter(Reporter):
-    """Draws bars on a terminal; prints a line a finished trial anywhere."""
+    """Draws bars on a terminal; prints a line a finished trial anywhere.
 
-    def __init__(self, console: Console) -> None:
+    Lines of suggestions that came to nothing for one and the same reason are counted, not repeated.
+
+    Args:
+        console: standard error.
+        silence: seconds of a trial without a line, where no bar can be drawn.
+    """
+
+    def __init__(self, console: Console, silence: float = SILENCE) -> None:
         self.console = console
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _Count(),
+            _Elapsed(),
             TextColumn(
                 "{task.fields[note]}",
                 markup=False,
@@ -37,9 +58,14 @@ class RichReporter(Reporter):
         )
         self.best: Trial | None = None
         self.pattern = ""
+        self.phase = ""
+        self.alike: Counter[str] = Counter()
+        self.pulse = _Pulse(self, silence)
 
     def __enter__(self) -> Self:
         self.progress.start()
+        if not self.console.is_terminal:
+            self.pulse.start()
         return self
 
     def __exit__(
@@ -48,6 +74,8 @@ class RichReporter(Reporter):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.pulse.stop()
+        self._count_alike()
         self.progress.stop()
 
     def started(self, study: Study, resumed: bool, judged: int, goal: int) -> None:
@@ -64,27 +92,32 @@ class RichReporter(Reporter):
         for trial in study.front_trials()[:1]:
             self.best = trial
         self.overall = self.progress.add_task("trials", total=goal, completed=judged, note="")
-        self.current = self.progress.add_task("training", total=100, visible=False, note="")
+        self.current = self.progress.add_task("training", total=None, visible=False, note="")
         self._show_best()
 
     def trial_started(self, number: int, pattern: str) -> None:
+        self._count_alike()
         self.pattern = short_pattern(pattern, PATTERN)
         self.progress.reset(
-            self.current,
-            completed=0,
-            visible=True,
-            description=f"trial {number}",
-            note=self.pattern,
+            self.current, total=None, visible=True, description=f"trial {number}", note=""
         )
+        self.pulse.begin(number)
 
-    def trial_progress(self, number: int, share: float, loss: float) -> None:
-        state = f"loss {loss:.3f}" if share < 1 else "judging"
+    def trial_phase(self, number: int, phase: str) -> None:
+        self.phase = phase
+        self.pulse.say(phase)
+        self.progress.update(self.current, note=f"{phase}  {self.pattern}")
+
+    def trial_progress(self, number: int, step: int, steps: int, loss: float) -> None:
+        state = f"{self.phase}, loss {loss:.3f}"
+        self.pulse.say(f"{self.phase}, step {step:,} of {steps:,}, loss {loss:.3f}")
         note = f"{state}  {self.pattern}"
-        self.progress.update(self.current, completed=int(100 * share), note=note)
+        self.progress.update(self.current, completed=step, total=steps, note=note)
 
     def trial_finished(self, trial: Trial) -> None:
+        self.pulse.end()
         self.progress.update(self.current, visible=False)
-        self.console.print(self._line(trial))
+        self._print(trial)
         if trial.outcome in JUDGED:
             self.progress.advance(self.overall)
         first = self.study.objectives[0]
@@ -94,6 +127,26 @@ class RichReporter(Reporter):
         ):
             self.best = trial
         self._show_best()
+
+    def _print(self, trial: Trial) -> None:
+        """Print a trial's line, or count it with those that came to nothing for its reason."""
+        reason = _came_to_nothing(trial)
+        if reason is None:
+            self._count_alike()
+        else:
+            known = reason in self.alike
+            self.alike[reason] += known
+            if known:
+                return
+        self.console.print(self._line(trial))
+
+    def _count_alike(self) -> None:
+        """Print how many lines were left out since the last one that told something new."""
+        more = [f"{count} more {reason}" for reason, count in self.alike.most_common() if count]
+        if more:
+            text = f"{self.alike.total()} more like it" if len(self.alike) == 1 else ", ".join(more)
+            self.console.print(f"           … and {text}")
+        self.alike.clear()
 
     def _line(self, trial: Trial) -> str:
         start = f"trial {trial.number:>3}  {trial.outcome.replace('_', ' '):<10}"
@@ -106,11 +159,92 @@ class RichReporter(Reporter):
         return f"{start}  {figures}  {pattern}  {trial.data['seconds']:.1f} s"
 
     def _show_best(self) -> None:
+        note = ""
         if self.best is not None:
             first = self.study.objectives[0]
             pattern = short_pattern(self.best.pattern, PATTERN)
             note = f"best {_with_unit(self.best, first)} {pattern} (trial {self.best.number})"
-            self.progress.update(self.overall, note=note)
+        if self.alike:
+            note = f"{self.alike.total() + len(self.alike)} in a row hold nothing new  {note}"
+        self.progress.update(self.overall, note=note)
+
+
+class _Count(MofNCompleteColumn):
+    """`step/steps`; nothing while there is nothing to count."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Elapsed(TimeElapsedColumn):
+    """Time since a task began, also after its bar is full: a trial is validated then."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(timedelta(seconds=int(task.elapsed or 0))), style="progress.elapsed")
+
+
+class _Pulse:
+    """Prints how far a trial is, wherever it has been silent for too long."""
+
+    def __init__(self, reporter: RichReporter, silence: float) -> None:
+        self._reporter = reporter
+        self._silence = silence
+        self._changed = threading.Condition()
+        self._number: int | None = None
+        self._state = ""
+        self._began = 0.0
+        self._open = True
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        if self.running:
+            self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def begin(self, number: int) -> None:
+        """A trial starts."""
+        with self._changed:
+            self._number, self._state, self._began = number, "", time.monotonic()
+            self._changed.notify()
+
+    def say(self, state: str) -> None:
+        """Where the trial is now."""
+        self._state = state
+
+    def end(self) -> None:
+        """The trial is over."""
+        with self._changed:
+            self._number = None
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while self._open:
+                if self._number is None:
+                    self._changed.wait()
+                elif not self._changed.wait(self._silence):
+                    seconds = time.monotonic() - self._began
+                    self._reporter.console.print(
+                        f"trial {self._number:>3}  {self._state}, {seconds:.0f} s"
+                    )
+
+
+def _came_to_nothing(trial: Trial) -> str | None:
+    """Why a suggestion cost no training, in a few words; None for a trial that did."""
+    if trial.outcome == "duplicate":
+        return f"as trial {trial.data['duplicate_of']}"
+    if trial.outcome == "infeasible" and "training" not in trial.data.get("stage_seconds", {}):
+        return f"refused by {cause_of(trial)}"
+    return None
 
 
 def _with_unit(trial: Trial, objective: Objective) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli import interrupts
-from workbench.cli.common import Json, PluginDirs, Runs, builder, log, print_json, print_table, say
+from workbench.cli.common import (
+    Json,
+    PluginDirs,
+    Runs,
+    as_options,
+    builder,
+    log,
+    print_json,
+    print_table,
+    prompt_of,
+    say,
+)
 from workbench.cli.tables import front_columns, front_line, outcome_line
 
 if TYPE_CHECKING:
@@ -55,7 +69,7 @@ def run(
     from workbench.study import run_study
 
     builder(map(Path, config.plugin_dirs))  # imports while Ctrl-C may still simply end them
-    with interrupts.explained(RESUME), RichReporter(log()) as reporter:
+    with interrupts.explained(RESUME), _in_file(study), RichReporter(log()) as reporter:
         result = run_study(config, runs, reporter)
     if json:
         print_json({**result.summary(), "front": [t.name for t in result.front_trials()]})
@@ -63,22 +77,40 @@ def run(
         _report(result, config, "" if runs is None else f" --runs {shlex.quote(str(runs))}")
 
 
+@contextmanager
+def _in_file(path: Path) -> Iterator[None]:
+    """Inside, an error in a name or a field also names the file that holds it."""
+    from workbench.errors import FieldError, UnknownNameError, WorkbenchError
+
+    try:
+        yield
+    except (FieldError, UnknownNameError) as error:
+        raise WorkbenchError(f"{path}: {error}") from None
+
+
 def _refuse_missing(path: Path) -> None:
     from workbench.errors import WorkbenchError
 
     if path.exists():
         return
-    there = [
-        str(file) for folder in {path.parent, Path("studies")} for file in folder.glob("*.toml")
-    ]
-    near = get_close_matches(str(path), there, n=1) or [
-        f for f in there if Path(f).stem == path.name
-    ]
+    folders = dict.fromkeys((path.parent, Path(), Path("studies")))
+    there = [file for folder in folders for file in folder.glob("*.toml") if _holds_study(file)]
+    near = get_close_matches(path.stem, [file.stem for file in there], n=1)
+    meant = [str(file) for file in there if file.stem in near]
     raise WorkbenchError(
         f"there is no study file {path}."
-        + (f" Did you mean {near[0]}?" if near else "")
-        + (f" Known: {', '.join(sorted(there))}." if there else "")
+        + (f" Did you mean {meant[0]}?" if meant else "")
+        + (f" Known: {', '.join(sorted(map(str, there)))}." if there else "")
     )
+
+
+def _holds_study(path: Path) -> bool:
+    """Whether a TOML file has what only a study has."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False
+    return "space" in data and "objectives" in data
 
 
 def _overridden(
@@ -89,10 +121,14 @@ def _overridden(
     plugin_dir: list[Path] | None,
 ) -> StudyConfig:
     """The study with what the command line says otherwise."""
+    from workbench.environment import resolve_device
     from workbench.errors import FieldError
 
     if trials is not None and trials < 1:
         raise FieldError("--trials", f"must be at least 1, got {trials}")
+    if device is not None:
+        with as_options():
+            resolve_device(device)
     budget: dict[str, Any] = {} if trials is None else {"trials": trials}
     runtime: dict[str, Any] = {
         name: value for name, value in (("device", device), ("executor", executor)) if value
@@ -123,5 +159,5 @@ def _report(study: Study, config: StudyConfig, where: str) -> None:
     print(f"  workbench show {best.name}{where}")
     print(f"  workbench dashboard {study.name}{where}")
     if tokenizer_of(config) is not None:  # a synthetic task has no text to continue
-        print(f"  workbench generate {best.name} --prompt 'def main('{where}")
+        print(f"  workbench generate {best.name} --prompt {prompt_of(config)!r}{where}")
     print(f"  workbench export {best.name} exported/{study.name}-{best.number}{where}")

@@ -62,10 +62,12 @@ def _studies(runs: Runs, json: bool) -> None:
 
 
 def _study(study: Study, every: bool, json: bool) -> None:
-    trials = study.trials() if every else study.front_trials()
+    front = study.front_trials()
+    trials = study.trials() if every else front
     if json:
-        front = [trial.number for trial in study.front_trials()]
-        print_json({**study.summary(), "front": front, "records": [trial.data for trial in trials]})
+        numbers = [trial.number for trial in front]
+        records = [trial.data for trial in trials]
+        print_json({**study.summary(), "front": numbers, "records": records})
         return
     say(outcome_line(study))
     if not trials:
@@ -77,10 +79,12 @@ def _study(study: Study, every: bool, json: bool) -> None:
         say(front_line(study, trials))
         print()
         print_table(front_columns(study, trials))
-    if trials:
-        say(f"Next: workbench show {trials[0].name}")
+    if front:
+        say(f"Next: workbench show {front[0].name}")
+    elif trials:
+        say(f"Next: workbench show {trials[-1].name} says why it is {_words(trials[-1])}.")
     elif study.trials():
-        say(f"Next: workbench show {study.name} --all")
+        say(f"Next: workbench show {study.name} --all says why.")
 
 
 def _trial(trial: Trial, study: Study, json: bool) -> None:
@@ -88,7 +92,7 @@ def _trial(trial: Trial, study: Study, json: bool) -> None:
         layout = trial.layout.to_dict() if (trial.path / "layout.json").exists() else None
         print_json({**trial.data, "layout": layout, "path": str(trial.path)})
         return
-    say(f"Trial {trial.name}: {trial.outcome.replace('_', ' ')} ({OUTCOMES[trial.outcome]})")
+    say(f"Trial {trial.name}: {_words(trial)} ({OUTCOMES[trial.outcome]})")
     if trial.reason:
         say(f"Reason: {trial.reason}")
     if trial.pattern:
@@ -110,6 +114,10 @@ def _trial(trial: Trial, study: Study, json: bool) -> None:
     if trial.environment:
         say(_measured_on(trial))
     say(f"Records: {trial.path}/")
+
+
+def _words(trial: Trial) -> str:
+    return trial.outcome.replace("_", " ")
 
 
 def _metric_columns(trial: Trial, study: Study) -> list[Column]:

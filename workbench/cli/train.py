@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli import interrupts
+from workbench.cli import common, interrupts
 from workbench.cli.common import (
     Device,
     Json,
@@ -22,7 +23,9 @@ from workbench.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from workbench.builder import Builder
     from workbench.data import DataSource
+    from workbench.layout import Layout
     from workbench.model import HybridLM
     from workbench.training import TrainingConfig, TrainingResult
 
@@ -75,9 +78,7 @@ def train(
     the layout's quantizers are not applied.
     """
     from workbench import config as configs
-    from workbench.api import find
-    from workbench.cli.memory import explained, require_memory
-    from workbench.environment import resolve_device
+    from workbench.cli.memory import explained
     from workbench.training import TrainingConfig
 
     given = {
@@ -91,32 +92,83 @@ def train(
     }
     with as_options():
         config = configs.from_dict(TrainingConfig, given)
-    where = resolve_device(device)
-    plugins, layout, _ = find(source, tuple(plugin_dir or ()), runs)
-    source_class = plugins.data_sources[data]
-    options = _data_config(source_class, data_option)
-    # Weights, gradients and at least one moment a weight.
-    require_memory(12 * plugins.costs(layout, length=seq_len).total.parameters, where, ADVICE)
-    run = {
-        "layout": layout.hash,
-        "training": dataclasses.asdict(config),
-        "data": {"source": data, **configs.to_dict(options)},
-        "seed": seed,
-    }
+    run = _open(source, data, data_option, config, seed, device, tuple(plugin_dir or ()), runs)
     with interrupts.explained(RESUME), explained(ADVICE):
-        text = _open(source_class, options, seed, runs)
-        _refuse_vocabulary(text, data, layout.vocab_size)
-        _claim(out, run, layout.to_dict())
-        model = plugins.build(layout, device=where, seed=seed)
-        result = _train(model, text, config, out)
-        record = _finish(model, text, config, out, {**run, "source": source}, result)
+        record = _run(run, out)
     if json:
         print_json({**record, "path": str(out)})
-        return
+    else:
+        _print(record, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is to be trained on what, every option checked."""
+
+    source: str
+    layout: Layout
+    plugins: Builder
+    device: str
+    config: TrainingConfig
+    data: str
+    options: Any
+    seed: int
+    runs: Path | None
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one that began."""
+        from workbench import config as configs
+
+        return {
+            "layout": self.layout.hash,
+            "training": dataclasses.asdict(self.config),
+            "data": {"source": self.data, **configs.to_dict(self.options)},
+            "seed": self.seed,
+        }
+
+
+def _open(
+    source: str,
+    data: str,
+    data_option: list[str] | None,
+    config: TrainingConfig,
+    seed: int,
+    device: str,
+    plugin_dirs: tuple[Path, ...],
+    runs: Path | None,
+) -> Run:
+    """Check what can be checked before anything is read or written.
+
+    Raises:
+        WorkbenchError: an unknown name or field, or a model that cannot fit into memory.
+    """
+    from workbench.api import find
+    from workbench.cli.memory import require_memory
+    from workbench.environment import resolve_device
+
+    where = resolve_device(device)
+    plugins, layout, _ = find(source, plugin_dirs, runs)
+    options = _data_config(plugins.data_sources[data], data_option)
+    # Weights, gradients and at least one moment a weight.
+    total = plugins.costs(layout, length=config.seq_len).total
+    require_memory(12 * total.parameters, where, ADVICE)
+    return Run(source, layout, plugins, where, config, data, options, seed, runs)
+
+
+def _run(run: Run, out: Path) -> dict[str, Any]:
+    """Train, judge and write; the record of what came of it."""
+    text = _data(run)
+    _claim(out, run)
+    model = run.plugins.build(run.layout, device=run.device, seed=run.seed)
+    result = _train(model, text, run.config, out)
+    return _finish(model, text, run, result, out)
+
+
+def _print(record: dict[str, Any], out: Path) -> None:
     figures = f"validation loss {record['validation_loss']:.4f} nats a token"
     if record["bits_per_byte"] is not None:
         figures += f", {record['bits_per_byte']:.4f} bits a byte"
-    say(f"{figures}, after {result.seconds:.0f} s. Weights and curve: {out}/")
+    say(f"{figures}, after {record['seconds']:.0f} s. Weights and curve: {out}/")
 
 
 def _data_config(source_class: type[DataSource], pairs: list[str] | None) -> Any:
@@ -146,27 +198,29 @@ def _data_config(source_class: type[DataSource], pairs: list[str] | None) -> Any
         raise error.within("--data-option") from None
 
 
-def _open(source_class: type[DataSource], options: Any, seed: int, runs: Path | None) -> DataSource:
+def _data(run: Run) -> DataSource:
+    """The run's data, opened.
+
+    Raises:
+        FieldError: it has tokens that the layout does not know.
+    """
+    from workbench.errors import FieldError
     from workbench.files import make_folder
     from workbench.records import runs_folder
 
-    cache = runs_folder(runs) / ".cache"
+    cache = runs_folder(run.runs) / ".cache"
     make_folder(cache)
-    return source_class(options, seed=seed, cache_dir=cache)
-
-
-def _refuse_vocabulary(text: DataSource, name: str, vocab_size: int) -> None:
-    from workbench.errors import FieldError
-
-    if text.vocab_size > vocab_size:
+    text = run.plugins.data_sources[run.data](run.options, seed=run.seed, cache_dir=cache)
+    if text.vocab_size > run.layout.vocab_size:
         raise FieldError(
             "vocab_size",
-            f"the layout has {vocab_size} rows and {name} yields ids up to "
+            f"the layout has {run.layout.vocab_size} rows and {run.data} yields ids up to "
             f"{text.vocab_size - 1}: change the layout's vocab_size or the data",
         )
+    return text
 
 
-def _claim(out: Path, run: dict[str, Any], layout: dict[str, Any]) -> None:
+def _claim(out: Path, run: Run) -> None:
     """Take the folder for this run, or find that it is this run's already.
 
     Raises:
@@ -175,12 +229,13 @@ def _claim(out: Path, run: dict[str, Any], layout: dict[str, Any]) -> None:
     from workbench.errors import FieldError
     from workbench.files import make_folder, read_json, write_json
 
+    now = run.identity()
     if (out / "model.safetensors").exists():
         raise FieldError("OUT", f"{out} holds a trained model already: name another folder")
     if (out / "run.json").exists():
         before = read_json(out / "run.json")
         changed = [
-            name for name in run if not isinstance(before, dict) or before.get(name) != run[name]
+            name for name in now if not isinstance(before, dict) or before.get(name) != now[name]
         ]
         if changed:
             raise FieldError(
@@ -192,8 +247,8 @@ def _claim(out: Path, run: dict[str, Any], layout: dict[str, Any]) -> None:
     make_folder(out)
     if any(out.iterdir()):
         raise FieldError("OUT", f"{out} is not empty: name a new folder")
-    write_json(out / "layout.json", layout)
-    write_json(out / "run.json", run)
+    write_json(out / "layout.json", run.layout.to_dict())
+    write_json(out / "run.json", now)
 
 
 def _train(model: HybridLM, text: DataSource, config: TrainingConfig, out: Path) -> TrainingResult:
@@ -213,8 +268,15 @@ def _train(model: HybridLM, text: DataSource, config: TrainingConfig, out: Path)
     ) as bar:
         task = bar.add_task("", total=config.steps)
 
+        told = time.monotonic()
+
         def show(point: dict[str, float]) -> None:
-            bar.update(task, completed=point["step"], description=f"loss {point['loss']:.3f}")
+            nonlocal told
+            state = f"step {point['step']:,} of {config.steps:,}, loss {point['loss']:.3f}"
+            bar.update(task, completed=point["step"], description=state)
+            if not console.is_terminal and time.monotonic() - told >= common.SILENCE:
+                told = time.monotonic()
+                console.print(f"training, {state}")
 
         try:
             return run_training(model, text, config, checkpoint=checkpoint, progress=show)
@@ -223,12 +285,7 @@ def _train(model: HybridLM, text: DataSource, config: TrainingConfig, out: Path)
 
 
 def _finish(
-    model: HybridLM,
-    text: DataSource,
-    config: TrainingConfig,
-    out: Path,
-    run: dict[str, Any],
-    result: TrainingResult,
+    model: HybridLM, text: DataSource, run: Run, result: TrainingResult, out: Path
 ) -> dict[str, Any]:
     """Judge the model and write what came of it, the weights last: they mark a finished run."""
     from workbench.environment import environment
@@ -236,9 +293,11 @@ def _finish(
     from workbench.files import write_json
     from workbench.training import save_weights
 
+    config = run.config
     judged = evaluate(model, text, config.batch_size, config.seq_len)
     record = {
-        **run,
+        **run.identity(),
+        "source": run.source,
         "tokens": config.steps * config.batch_size * config.seq_len,
         "seconds": result.seconds,
         "validation_loss": judged.loss,

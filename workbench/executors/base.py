@@ -9,22 +9,30 @@ from typing import Any
 
 from workbench.layout import Layout
 from workbench.study_config import StudyConfig
-from workbench.trial import Emit, Verdict
+from workbench.trial import Emit
+from workbench.verdict import Verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a worker must know of a study, as JSON data."""
+    """What a worker must know of a study, as JSON data.
+
+    Attributes:
+        plugins: version and sources of each plugin that the study uses: a worker that finds others
+            judges nothing.
+    """
 
     config: StudyConfig
     device: str
     cache_dir: Path
+    plugins: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
             "device": self.device,
             "cache_dir": str(self.cache_dir),
+            "plugins": self.plugins,
         }
 
     @classmethod
@@ -33,6 +41,7 @@ class Job:
             config=StudyConfig.from_dict(data["config"]),
             device=data["device"],
             cache_dir=Path(data["cache_dir"]),
+            plugins=data["plugins"],
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from workbench import stray_output
 from workbench.executors.base import Executor
 from workbench.layout import Layout
-from workbench.trial import Emit, Verdict, Workplace, judge
+from workbench.trial import Emit, Workplace, judge
+from workbench.verdict import Verdict
 
 
 class InlineExecutor(Executor):
@@ -20,7 +24,12 @@ class InlineExecutor(Executor):
             torch.set_num_threads(place.config.runtime.threads)
 
     def judge(self, layout: Layout, folder: Path, emit: Emit) -> Verdict:
-        return judge(self.place, layout, folder, emit)
+        def told(event: dict[str, Any]) -> None:
+            with contextlib.redirect_stdout(stray_output.results()):
+                emit(event)
+
+        with stray_output.apart():
+            return judge(self.place, layout, folder, told)
 
     def close(self) -> None:
         pass

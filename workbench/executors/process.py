@@ -16,7 +16,8 @@ from typing import Any
 from workbench.errors import WorkbenchError
 from workbench.executors.base import Executor, Job
 from workbench.layout import Layout
-from workbench.trial import Emit, Verdict
+from workbench.trial import Emit
+from workbench.verdict import Verdict
 
 STICKY = ("error", "out_of_memory")  # may leave a process or its device in a state of their own
 START_TIMEOUT = 300.0  # seconds for a worker to import everything and open its data

@@ -5,23 +5,29 @@ Both ways a JSON object a line. Whatever plugins print goes to the trial's log i
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from workbench.errors import WorkbenchError
 from workbench.executors.base import Job
+
+if TYPE_CHECKING:
+    from workbench.builder import Builder
 
 
 def main() -> None:
     """Serve until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    log = sys.stderr.fileno()
-    os.dup2(log, 1)
-    requests = _Requests(sys.stdin)
+    os.dup2(sys.stderr.fileno(), 1)
+    requests = _Requests(os.fdopen(os.dup(0), encoding="utf-8"))
+    # A plugin that asks for input gets none, instead of a request.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     first = requests.next()
     try:
         place = _open(Job.from_dict(first))
@@ -43,11 +49,26 @@ def _open(job: Job) -> Any:
 
     if job.config.runtime.threads is not None:
         torch.set_num_threads(job.config.runtime.threads)
-    builder = default_builder(job.config.plugin_dirs)
+    with contextlib.redirect_stderr(io.StringIO()):  # the study's process has shown the same
+        builder = default_builder(job.config.plugin_dirs)
+    _refuse_changed(job, builder)
     place = Workplace(job.config, builder, job.device, job.cache_dir)
     if job.config.budget.memory_gb is not None:
         _limit_memory(job.config.budget.memory_gb)
     return place
+
+
+def _refuse_changed(job: Job, builder: Builder) -> None:
+    """A plugin edited while its study runs would be judged under its old name."""
+    from workbench.identity import used_plugins
+
+    now = used_plugins(job.config, builder)
+    for name, before in job.plugins.items():
+        if now[name] != before:
+            raise WorkbenchError(
+                f"plugin {name!r} changed while the study ran: {before} then, {now[name]} now. "
+                "Put the earlier one back and run the study again, or give it another name"
+            )
 
 
 def _limit_memory(gigabytes: float) -> None:

@@ -7,8 +7,11 @@
         configs = [MyLayer.Config(), MyLayer.Config(num_heads=8)]
 
 A suite that passes says that the builder, the trainer, the quantizers and the exporters can treat
-the plugin's thing like a built-in one. Two fixtures come with the installation (see
-`workbench.testing.pytest_plugin`): `builder` and `small_layout`.
+the plugin's thing like a built-in one. Each test's docstring says what must hold and, after
+`Mend:`, what the author must change. `workbench check-plugin` runs them with configs it derives.
+
+Three fixtures come with the installation (see `workbench.testing.pytest_plugin`): `builder`,
+`small_layout` and `workbench_study`, which runs a real study in seconds.
 
 Names are loaded on first use: the pytest plugin lives in this package and is imported by every
 pytest run on a machine that has the workbench installed.
@@ -21,24 +24,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.testing.data import DataSourceContract
+    from workbench.testing.exporters import ExporterContract
     from workbench.testing.layers import LayerContract
     from workbench.testing.metrics import MetricContract
     from workbench.testing.placements import PlacementContract
+    from workbench.testing.presets import PresetContract
     from workbench.testing.quantizers import QuantizerContract
 
 _HOME_OF = {
     "DataSourceContract": "workbench.testing.data",
+    "ExporterContract": "workbench.testing.exporters",
     "LayerContract": "workbench.testing.layers",
     "MetricContract": "workbench.testing.metrics",
     "PlacementContract": "workbench.testing.placements",
+    "PresetContract": "workbench.testing.presets",
     "QuantizerContract": "workbench.testing.quantizers",
 }
 
 __all__ = [
     "DataSourceContract",
+    "ExporterContract",
     "LayerContract",
     "MetricContract",
     "PlacementContract",
+    "PresetContract",
     "QuantizerContract",
 ]
 

@@ -16,8 +16,13 @@ from workbench.layout import canonical_json
 
 
 class ConfigContract:
-    """Base of the suites: tests with an argument `config` run once for each of `configs`."""
+    """Base of the suites: tests with an argument `config` run once for each of `configs`.
 
+    Class attributes:
+        under_test: name of the class attribute that holds the thing under test.
+    """
+
+    under_test: ClassVar[str]
     configs: ClassVar[Sequence[Any]]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -28,7 +33,11 @@ class ConfigContract:
             metafunc.parametrize("config", self.configs, ids=ids)
 
     def test_config_is_plain_data(self, config: Any) -> None:
-        """A Config survives JSON: records, studies and exports hold it as such."""
+        """A Config survives JSON: records, studies and exports hold it as such.
+
+        Mend: Give the Config fields of plain types only (bool, int, float, str, None, tuples of
+        them), with finite numbers, and let its `__post_init__` change nothing.
+        """
         text = canonical_json(configs.to_dict(config))
         assert configs.from_dict(type(config), json.loads(text)) == config
 

@@ -15,6 +15,7 @@ from workbench.data import Batch, DataSource
 from workbench.errors import WorkbenchError
 from workbench.layout import canonical_json
 from workbench.model import IGNORE
+from workbench.testing.advice import concerns
 from workbench.testing.configs import ConfigContract
 
 
@@ -33,6 +34,7 @@ class DataSourceContract(ConfigContract):
             run of so many tokens that training rows hold, too. 0 unless the text repeats itself.
     """
 
+    under_test = "source"
     source: ClassVar[type[DataSource]]
     batch_size: ClassVar[int] = 4
     length: ClassVar[int] = 64
@@ -49,8 +51,13 @@ class DataSourceContract(ConfigContract):
     def validation(self, source: DataSource) -> list[Batch]:
         return list(source.validation_batches(self.batch_size, self.length))
 
+    @concerns("train_batch", "validation_batches")
     def test_batches_are_tokens(self, config: Any, tmp_path: Path) -> None:
-        """int64 ids below `vocab_size`, `[B, T]`, each batch with at least one loss."""
+        """int64 ids below `vocab_size`, `[B, T]`, each batch with at least one loss.
+
+        Mend: Return int64 ids below `vocab_size`, inputs `[batch_size, length]` and targets of the
+        same shape, in which IGNORE stands where there is no loss.
+        """
         source = self.make(config, tmp_path)
         assert source.vocab_size >= 1
         train = self.train(source, 0)
@@ -67,8 +74,13 @@ class DataSourceContract(ConfigContract):
                 assert tokens.min() >= 0
                 assert tokens.max() < source.vocab_size
 
+    @concerns("train_batch", "validation_batches")
     def test_is_deterministic(self, config: Any, tmp_path: Path) -> None:
-        """A step's batch depends on seed and step alone, not on history, cache or process."""
+        """A step's batch depends on seed and step alone, not on history, cache or process.
+
+        Mend: Draw from `torch.Generator().manual_seed(...)` made anew from `self.seed` and `step`
+        in every call; keep no position, and read files in sorted order.
+        """
         first = self.make(config, tmp_path / "one")
         expected = self.train(first, 3)
         self.train(first, 0)
@@ -83,16 +95,24 @@ class DataSourceContract(ConfigContract):
             assert all(_same(a, b) for a, b in both), f"validation {when}"
             assert source.describe() == first.describe(), f"describe() {when}"
 
+    @concerns("train_batch")
     def test_steps_and_seeds_differ(self, config: Any, tmp_path: Path) -> None:
-        """Another step or another seed is another batch."""
+        """Another step or another seed is another batch.
+
+        Mend: Let both `self.seed` and `step` enter the seed of the generator that draws the batch.
+        """
         source = self.make(config, tmp_path)
         expected = self.train(source, 0)
         assert not _same(self.train(source, 1), expected), "steps 0 and 1 are the same batch"
         other = self.make(config, tmp_path, seed=1)
         assert not _same(self.train(other, 0), expected), "seeds 0 and 1 give the same batch"
 
+    @concerns("train_batch", "validation_batches")
     def test_targets_are_the_next_tokens(self, config: Any, tmp_path: Path) -> None:
-        """In text, the target of a token is the input after it; elsewhere some carry a loss."""
+        """In text, the target of a token is the input after it; elsewhere some carry a loss.
+
+        Mend: Cut `length + 1` tokens: inputs are all but the last, targets all but the first.
+        """
         source = self.make(config, tmp_path)
         for batch in (self.train(source, 0), *self.validation(source)):
             assert bool((batch.targets_BT != IGNORE).any()), "no target carries a loss"
@@ -102,8 +122,14 @@ class DataSourceContract(ConfigContract):
             kept_BT = targets_BT != IGNORE
             assert torch.equal(targets_BT[kept_BT], batch.inputs_BT[:, 1:][kept_BT])
 
+    @concerns("train_batch", "validation_batches")
     def test_parts_are_disjoint(self, config: Any, tmp_path: Path) -> None:
-        """No text is both trained on and judged by; no whole row of a synthetic task is."""
+        """No text is both trained on and judged by; no whole row of a synthetic task is.
+
+        Mend: Split the text (by file, or by line) before cutting it into rows; draw the examples of
+        a synthetic task's parts from different seeds or ranges. Text that repeats itself needs
+        `max_shared` in the suite of your tests.
+        """
         source = self.make(config, tmp_path)
         text = self._is_text(source)
         span = self.run_length if text else self.length
@@ -123,8 +149,13 @@ class DataSourceContract(ConfigContract):
         shared = sum(row in runs for row in rows) / len(rows)
         assert shared <= self.max_shared, f"{shared:.1%} of validation rows are trained on"
 
+    @concerns("train_batch", "validation_batches")
     def test_num_bytes(self, config: Any, tmp_path: Path) -> None:
-        """Bytes are those of the decoded targets, however these are batched."""
+        """Bytes are those of the decoded targets, however these are batched.
+
+        Mend: Set `num_bytes` to the UTF-8 bytes of the decoded targets that carry a loss, None in
+        every batch of a task that holds no text.
+        """
         source = self.make(config, tmp_path)
         totals = []
         for batch_size in (1, self.batch_size):
@@ -139,8 +170,13 @@ class DataSourceContract(ConfigContract):
         # Windows may cut a character in two, hence not to the byte.
         assert totals[0] == pytest.approx(len(decoded.encode()), rel=0.05)
 
+    @concerns("encode", "decode")
     def test_text_goes_both_ways(self, config: Any, tmp_path: Path) -> None:
-        """`decode` undoes `encode`; a source without text says so."""
+        """`decode` undoes `encode`; a source without text says so.
+
+        Mend: Let `decode` undo `encode`, with ids below `vocab_size`; a source without text leaves
+        both to the base class, which refuses.
+        """
         source = self.make(config, tmp_path)
         if self.train(source, 0).num_bytes is None:
             with pytest.raises(WorkbenchError, match="no text"):
@@ -151,8 +187,13 @@ class DataSourceContract(ConfigContract):
             assert source.decode(tokens) == text
             assert all(0 <= token < source.vocab_size for token in tokens)
 
+    @concerns("describe")
     def test_describe_is_plain_data(self, config: Any, tmp_path: Path) -> None:
-        """`describe` can be written into a record."""
+        """`describe` can be written into a record.
+
+        Mend: Return a dict of strings, numbers and lists that says at least how large the parts
+        are.
+        """
         facts = self.make(config, tmp_path).describe()
         assert facts, "say at least how large the parts are"
         assert canonical_json(facts)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from workbench.config import Field, PerLayer
 from workbench.errors import FieldError
 from workbench.placement import Placement
+from workbench.testing.advice import concerns
 from workbench.testing.configs import (
     ConfigContract,
     names_a_field,
@@ -32,22 +33,36 @@ class PlacementContract(ConfigContract):
         mixers: the names that are offered.
     """
 
+    under_test = "placement"
     placement: ClassVar[type[Placement]]
     mixers: ClassVar[Sequence[str]] = ("mamba", "attention")
 
     def test_class_attributes(self) -> None:
-        """The reference is set; the configs are instances of `Config`."""
+        """The reference is set; the configs are instances of `Config`.
+
+        Mend: Set `reference`, and make the suite's configs with the class's own Config.
+        """
         assert self.placement.reference, "say which paper or model it follows"
         for config in self.configs:
             assert isinstance(config, self.placement.Config)
 
+    @concerns("place")
     def test_places_only_what_is_offered(self, config: Any) -> None:
-        """A tuple of the right length with offered names, or a FieldError that names a field."""
+        """A tuple of the right length with offered names, or a FieldError that names a field.
+
+        Mend: Return a tuple of exactly `num_layers` names out of `mixers`; where the config cannot
+        place that many, raise a FieldError that names one of its fields.
+        """
         placed = [num_layers for num_layers in DEPTHS if self._places(num_layers, config)]
         assert placed, "no depth from 1 to 48 can be placed"
 
+    @concerns("place")
     def test_is_pure(self, config: Any) -> None:
-        """Same arguments, same result; the offered names are neither changed nor held."""
+        """Same arguments, same result; the offered names are neither changed nor held.
+
+        Mend: Compute from the arguments alone: no random draws, nothing kept on the class, and copy
+        `mixers` before changing it.
+        """
         for num_layers in DEPTHS:
             offered = list(self.mixers)
             first = self._outcome(num_layers, offered, config)
@@ -56,8 +71,13 @@ class PlacementContract(ConfigContract):
                 self._outcome(other, self.mixers[::-1], config)
             assert self._outcome(num_layers, tuple(self.mixers), config) == first
 
+    @concerns("place", "Config")
     def test_search_ranges(self) -> None:
-        """Every value that a search could draw places some depth, or is refused by field."""
+        """Every value that a search could draw places some depth, or is refused by field.
+
+        Mend: Narrow the field's range to values that place some depth from 1 to 48, or refuse the
+        others with a FieldError that names the field.
+        """
         for field in searched_fields(self.placement.Config):
             for config in self.configs:
                 if isinstance(field.domain, PerLayer):

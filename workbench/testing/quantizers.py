@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.layer import Layer
 from workbench.quantizer import Quantizer, num_bytes
+from workbench.testing.advice import concerns
 from workbench.testing.configs import ConfigContract
 from workbench.testing.layers.base import assert_close, initialise
 from workbench.testing.toys import ToyMixer
@@ -33,6 +34,7 @@ class QuantizerContract(ConfigContract):
             in its `keep_precision`. Choose another for a quantizer of particular layers.
     """
 
+    under_test = "quantizer"
     quantizer: ClassVar[type[Quantizer]]
     max_error: ClassVar[float] = 0.05
     layer: ClassVar[type[Layer]] = ToyMixer
@@ -51,13 +53,21 @@ class QuantizerContract(ConfigContract):
         return torch.randn(2, 9, self.d_model, generator=generator)
 
     def test_class_attributes(self) -> None:
-        """The reference is set; the configs are instances of `Config`."""
+        """The reference is set; the configs are instances of `Config`.
+
+        Mend: Set `reference`, and make the suite's configs with the class's own Config.
+        """
         assert self.quantizer.reference, "say which paper or format it follows"
         for config in self.configs:
             assert isinstance(config, self.quantizer.Config)
 
+    @concerns("quantize")
     def test_bytes_are_counted_not_estimated(self, config: Any, tmp_path: Path) -> None:
-        """Reported bytes are those that the weights take in memory and in a file."""
+        """Reported bytes are those that the weights take in memory and in a file.
+
+        Mend: Report for each linear the bytes of the tensors that now hold its weights, scales
+        included, biases not; hold them as buffers or parameters, packed, and fewer than before.
+        """
         layer = self.build()
         before = {name: module.weight.nbytes for name, module in _linears(layer)}
         report = self.quantizer.quantize(layer, config)
@@ -72,8 +82,13 @@ class QuantizerContract(ConfigContract):
             in_file = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
         assert in_file == num_bytes(layer)
 
+    @concerns("quantize")
     def test_meta_device_counts_the_same(self, config: Any) -> None:
-        """On the meta device: the same report and the same bytes."""
+        """On the meta device: the same report and the same bytes.
+
+        Mend: Make every new tensor on the device of the weight it replaces, and read no values
+        where that device is meta.
+        """
         layer = self.build()
         meta = self.layer(self.d_model, self.layer_config, device="meta", dtype=torch.float32)
         assert self.quantizer.quantize(meta, config) == self.quantizer.quantize(layer, config)
@@ -81,9 +96,14 @@ class QuantizerContract(ConfigContract):
         for name, tensor in [*meta.named_parameters(), *meta.named_buffers()]:
             assert tensor.device.type == "meta", name
 
+    @concerns("quantize")
     @torch.no_grad()
     def test_outputs_stay_close(self, config: Any) -> None:
-        """The layer still computes nearly what it did, in the same dtype."""
+        """The layer still computes nearly what it did, in the same dtype.
+
+        Mend: Check scales, rounding and packing; compute in the dtype of the inputs. If the format
+        itself loses more, set `max_error` in the suite of your tests.
+        """
         layer, x_BTD = self.build(), self.inputs()
         before_BTD = layer(x_BTD)
         self.quantizer.quantize(layer, config)
@@ -96,8 +116,13 @@ class QuantizerContract(ConfigContract):
         steps_BTD = torch.stack([layer.step(x_BD, state) for x_BD in x_BTD.unbind(1)], dim=1)
         assert_close(steps_BTD, after_BTD, 1e-4, "steps against forward, quantized")
 
+    @concerns("quantize")
     def test_every_linear_is_accounted_for(self, config: Any) -> None:
-        """Each linear is quantized or kept with a reason; `keep_precision` is kept to the bit."""
+        """Each linear is quantized or kept with a reason; `keep_precision` is kept to the bit.
+
+        Mend: List every linear of the layer under `quantized`, or under `kept` with the reason;
+        leave those in `layer.keep_precision`, and what lies inside them, alone.
+        """
         layer, untouched = self.build(), self.build()
         report = self.quantizer.quantize(layer, config)
         assert not set(report.quantized) & set(report.kept)
@@ -113,19 +138,28 @@ class QuantizerContract(ConfigContract):
                 assert isinstance(weight, Tensor)
                 assert torch.equal(weight, module.weight), f"{name} was kept, but it changed"
 
+    @concerns("quantize")
     @torch.no_grad()
     def test_is_idempotent(self, config: Any) -> None:
-        """Quantizing again changes nothing."""
+        """Quantizing again changes nothing, and reports the same.
+
+        Mend: Recognise your own modules and leave them as they are, but report them again.
+        """
         layer, x_BTD = self.build(), self.inputs()
-        self.quantizer.quantize(layer, config)
+        report = self.quantizer.quantize(layer, config)
         stored, expected_BTD = num_bytes(layer), layer(x_BTD)
-        self.quantizer.quantize(layer, config)
+        assert self.quantizer.quantize(layer, config) == report, "the second report differs"
         assert num_bytes(layer) == stored
         assert torch.equal(layer(x_BTD), expected_BTD)
 
+    @concerns("quantize")
     @torch.no_grad()
     def test_save_and_load(self, config: Any, tmp_path: Path) -> None:
-        """Stored weights survive safetensors: a quantized layer that loads them is the same."""
+        """Stored weights survive safetensors: a quantized layer that loads them is the same.
+
+        Mend: Hold the stored weights and scales as persistent buffers or parameters of the new
+        module, so that its state dict is complete.
+        """
         layer, other = self.build(), self.build(seed=1)
         for each in (layer, other):
             self.quantizer.quantize(each, config)

@@ -79,6 +79,13 @@ def test_the_fixtures_are_listed_with_their_docstrings(tmp_path: Path) -> None:
     result = run(tmp_path, "-m", "pytest", "--fixtures", "-q", "-p", "no:cacheprovider")
     assert "A builder with every installed plugin" in result.stdout
     assert "A hybrid of built-in layers" in result.stdout
+    assert "A function that runs a real, tiny study" in result.stdout
+
+
+def test_the_mark_of_the_slow_round_trip_is_declared(tmp_path: Path) -> None:
+    """A project with strict markers may leave it out."""
+    result = run(tmp_path, "-m", "pytest", "--markers", "-p", "no:cacheprovider")
+    assert "@pytest.mark.slow: " in result.stdout
 
 
 def test_public_names_load_on_first_use() -> None:

@@ -51,6 +51,8 @@ class RowInt8(Quantizer):
                 stored = cls.stored(module)
                 layer.set_submodule(name, stored)
                 quantized[name] = stored.weight_bytes
+            elif isinstance(module, cls.stored):
+                quantized[name] = module.weight_bytes
         return QuantizationReport(quantized=quantized, kept=kept)
 
 

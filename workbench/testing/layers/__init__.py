@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from workbench.testing.layers.bookkeeping import BookkeepingTests
+from workbench.testing.layers.conduct import ConductTests
+from workbench.testing.layers.execution import ExecutionTests
+from workbench.testing.layers.exporting import ExportTests
 from workbench.testing.layers.outputs import OutputTests
 from workbench.testing.layers.training import TrainingTests
 
 
-class LayerContract(OutputTests, TrainingTests, BookkeepingTests):
+class LayerContract(
+    OutputTests, ConductTests, TrainingTests, ExecutionTests, BookkeepingTests, ExportTests
+):
     """Everything that the rest of the workbench relies on in a layer.
 
         class TestMyLayer(LayerContract):
             layer = MyLayer
             configs = [MyLayer.Config(), MyLayer.Config(num_heads=1)]
 
-    Outputs are compared in float64, so that a difference is a mistake and no rounding.
+    Outputs are compared in float64, so that a difference is a mistake and no rounding. What takes
+    seconds is done for the first of the configs alone: compiling, and the export round trip, which
+    is marked slow.
 
     A layer that builds on an earlier block overrides `earlier`, and is tested together with it:
 
@@ -31,6 +38,8 @@ class LayerContract(OutputTests, TrainingTests, BookkeepingTests):
         straight_through: True for a layer with a straight-through estimator (quantization-aware
             training), whose gradients are no derivatives: they are then not held against finite
             differences.
+        flops_factor: how many times the FLOPs that torch counts `costs` may state, 2: torch counts
+            matrix products, and neither elementwise work nor fused attention on a CPU.
         name: the layer's own in the layouts that `Layer.source` is given, `"under-test"`.
         in_model: True for a layer that needs a model around it (`Context.embedding_BTD`).
     """

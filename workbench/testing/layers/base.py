@@ -19,12 +19,14 @@ from workbench.testing.configs import ConfigContract
 class LayerSuite(ConfigContract):
     """What the author sets, and helpers; see `workbench.testing.LayerContract`."""
 
+    under_test = "layer"
     layer: ClassVar[type[Layer]]
     d_model: ClassVar[int] = 32
     lengths: ClassVar[Sequence[int]] = (1, 7, 33)
     tolerance: ClassVar[float] = 1e-9
     float32_tolerance: ClassVar[float] = 1e-4
     straight_through: ClassVar[bool] = False
+    flops_factor: ClassVar[float] = 2.0
     name: ClassVar[str] = "under-test"
     in_model: ClassVar[bool] = False
 

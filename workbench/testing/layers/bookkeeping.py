@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from torch import nn
 from workbench import config as configs
 from workbench.costs import Costs
 from workbench.errors import FieldError
+from workbench.layer import State
 from workbench.testing.advice import concerns
 from workbench.testing.allocations import Allocations
 from workbench.testing.configs import names_a_field, searched_fields, searched_values, with_value
+from workbench.testing.derived import draws
 from workbench.testing.layers.base import LayerSuite
 
 LENGTHS = (1, 33, 1000)
+DRAWS = 20  # from the whole search space, at each of two widths
 
 
 class BookkeepingTests(LayerSuite):
@@ -61,8 +65,13 @@ class BookkeepingTests(LayerSuite):
             assert costs.active_parameters is not None
             assert 0 <= costs.active_parameters <= expected
 
+    @concerns("costs", "shared")
     def test_costs_count_own_parameters(self, config: Any) -> None:
-        """`costs().own_parameters` is what a block holds that takes the `shared` modules."""
+        """`costs().own_parameters` is what a block holds that takes the `shared` modules.
+
+        Mend: Correct `costs().own_parameters`: `parameters` without those of the submodules that
+        `shared` names. Leave it out where nothing is shared.
+        """
         layer = self.layer(self.d_model, config, device="meta")
         for name in layer.shared:
             delattr(layer, name)
@@ -90,18 +99,20 @@ class BookkeepingTests(LayerSuite):
     @concerns("forward", "step")
     @torch.no_grad()
     def test_states_do_not_grow(self, config: Any) -> None:
-        """A state is updated in place: it never holds more than `init_state` allocated.
+        """A state is updated in place: it keeps the shapes and dtypes that `init_state` gave it.
 
         Mend: Allocate all that the state will ever hold in `init_state`, and keep shape and dtype
         when `forward` and `step` update it: no concatenating, and cast before assigning.
         """
-        layer = self.build(config)
-        x_BTD = self.inputs(2, 9)
-        state = self.state(layer, 2, 9)
-        allocated = state.num_bytes
-        layer(x_BTD[:, :8], state=state)
-        layer.step(x_BTD[:, 8], state)
-        assert state.num_bytes == allocated
+        for dtype in (torch.float64, torch.bfloat16):
+            layer, x_BTD = self.build(config).to(dtype), self.inputs(2, 9).to(dtype)
+            state = layer.init_state(2, 9, device="cpu", dtype=dtype)
+            allocated, held = _held(state), state.num_bytes
+            layer(x_BTD[:, :8], state=state)
+            assert _held(state) == allocated, "after a prefill the state holds other tensors"
+            layer.step(x_BTD[:, 8], state)
+            assert _held(state) == allocated, "after a step the state holds other tensors"
+            assert state.num_bytes == held, "a state grew"
 
     @concerns("costs")
     def test_costs_are_plausible(self, config: Any) -> None:
@@ -141,6 +152,38 @@ class BookkeepingTests(LayerSuite):
                 for config in self.configs:
                     built += self._builds(config, field, value)
             assert built, f"no value in the range of {field.name} can be built on any config"
+
+    @concerns("check", "Config")
+    def test_search_space_can_be_built(self) -> None:
+        """Values drawn together, at two widths, are built or refused by field; some are built.
+
+        Mend: Refuse what does not fit together in `check`, with a FieldError that names a field of
+        the Config, and offer ranges of which more than the defaults can be built.
+        """
+        built = 0
+        for d_model in (self.d_model, 4 * self.d_model):
+            for values in draws(self.layer.Config, DRAWS):
+                config, refusal = self._drawn(d_model, values)
+                if refusal is not None:
+                    assert names_a_field(refusal, self.layer.Config, "d_model"), (
+                        f"{values} is refused, but {refusal.field!r} is no field: {refusal}"
+                    )
+                    continue
+                layer = self.layer(d_model, config, device="meta")
+                counted = self.layer.costs(d_model, config, length=7).parameters
+                assert counted == sum(parameter.numel() for parameter in layer.parameters()), (
+                    f"costs count other parameters than {values} has at d_model {d_model}"
+                )
+                built += 1
+        assert built, f"none of {2 * DRAWS} draws from the search ranges can be built"
+
+    def _drawn(self, d_model: int, values: dict[str, Any]) -> tuple[Any, FieldError | None]:
+        try:
+            config = dataclasses.replace(self.configs[0], **values)
+            self.layer.check(d_model, config)
+        except FieldError as error:
+            return None, error
+        return config, None
 
     def _builds(self, config: Any, field: configs.Field, value: Any) -> bool:
         changed = with_value(config, field, value)
@@ -190,3 +233,11 @@ class BookkeepingTests(LayerSuite):
         layer = self.layer(self.d_model, config, device="meta")
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         return sum(linear.weight.numel() for linear in linears)
+
+
+def _held(state: State) -> dict[str, str]:
+    """Shape, dtype and device of a state's tensors."""
+    return {
+        name: f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        for name, tensor in state.tensors().items()
+    }

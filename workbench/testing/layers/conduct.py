@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from inspect import getfile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workbench.guard import Guard
 from workbench.layer import PLAIN, Context
 from workbench.testing.advice import concerns
 from workbench.testing.layers.base import LayerSuite, assert_close, run_steps
-from workbench.testing.torch_state import members, patched_from, restore, settings, unpatch
 
 
 class ConductTests(LayerSuite):
@@ -31,18 +30,10 @@ class ConductTests(LayerSuite):
         for batch_size, length, scale in ((1, 1, 1.0), (3, 7, 1.0), (2, 7, 10.0)):
             x_BTD = scale * self.inputs(batch_size, length)
             state = self.state(layer, batch_size, length + 1)
-            outputs = {
-                "forward": (layer(x_BTD), x_BTD),
-                "forward with a state": (layer(x_BTD, PLAIN, state), x_BTD),
-                "step": (layer.step(x_BTD[:, 0], state), x_BTD[:, 0]),
-            }
-            for what, (actual, inputs) in outputs.items():
-                assert isinstance(actual, Tensor), f"{what} returned {type(actual).__name__}"
-                assert actual.shape == inputs.shape, (
-                    f"{what} returned shape {list(actual.shape)} for inputs {list(inputs.shape)}"
-                )
-                assert not actual.isnan().any(), f"{what} returned NaN for inputs of {scale} σ"
-                assert actual.isfinite().all(), f"{what} returned inf for inputs of {scale} σ"
+            where = f"for inputs of {scale:g} σ"
+            _assert_sound(layer(x_BTD), x_BTD, "forward", where)
+            _assert_sound(layer(x_BTD, PLAIN, state), x_BTD, "forward with a state", where)
+            _assert_sound(layer.step(x_BTD[:, 0], state), x_BTD[:, 0], "step", where)
 
     @concerns("forward", "step")
     @torch.no_grad()
@@ -99,26 +90,21 @@ class ConductTests(LayerSuite):
 
     @concerns("forward", "__init__", "reset_parameters")
     def test_leaves_torch_alone(self, config: Any) -> None:
-        """Torch's functions, classes, settings and random numbers are as they were.
+        """What all plugins share is as it was: torch's functions, settings and random numbers.
 
         Mend: Assign to nothing of torch's, in your module or in the layer; set no global; draw
         random numbers in `reset_parameters` only.
         """
-        imported = patched_from(getfile(self.layer))
-        assert not imported, f"{imported[0]} was replaced by the layer's module"
-        own, globals_, generator = members(), settings(), torch.get_rng_state()
+        guard = Guard()
         try:
             self._run(config)
-            layer = self.build(config)
-            before = torch.get_rng_state()
+            layer, before = self.build(config), torch.get_rng_state()
             layer(self.inputs(1, 3))
             drew = not torch.equal(torch.get_rng_state(), before)
         finally:
-            patched, changed = unpatch(own), restore(globals_)
-            torch.set_rng_state(generator)
-        assert not patched, f"{patched[0]} was replaced"
-        assert not changed, changed[0]
-        assert not drew, "torch's global generator moved in eval mode"
+            changes = guard.restore()
+        assert not changes, "; ".join(filter(None, (changes[0].what, changes[0].where)))
+        assert not drew, "torch's global generator moved, and not for training"
 
     def _run(self, config: Any) -> None:
         """Everything that a trial does with a layer."""
@@ -132,3 +118,12 @@ class ConductTests(LayerSuite):
             layer.step(x_BTD[:, 0], state)
         self.layer.check(self.d_model, config)
         self.layer.costs(self.d_model, config, length=7)
+
+
+def _assert_sound(actual: Any, inputs: Tensor, what: str, where: str) -> None:
+    assert isinstance(actual, Tensor), f"{what} returned {type(actual).__name__}, no tensor"
+    assert actual.shape == inputs.shape, (
+        f"{what} returned shape {list(actual.shape)} for inputs {list(inputs.shape)}"
+    )
+    assert not actual.isnan().any(), f"{what} returned NaN {where}"
+    assert actual.isfinite().all(), f"{what} returned infinity {where}"

@@ -96,17 +96,19 @@ class OutputTests(LayerSuite):
         """
         layer, length = self.build(config), 7
         x_BTD = self.inputs(2, length + 2)
-        state = self.state(layer, 2, length + 2)
-        layer(x_BTD[:, :length], PLAIN, state)
-        rows_B = torch.tensor([1, 0, 1])
-        beams = state.select(rows_B)
-        other_BTD = self.inputs(3, 2, seed=1)
-        actual_BTD = run_steps(layer, other_BTD, beams)
-        whole_BTD = torch.cat([x_BTD[rows_B, :length], other_BTD], dim=1)
-        assert_close(actual_BTD, layer(whole_BTD)[:, -2:], self.tolerance, "selected rows")
-        original_BTD = run_steps(layer, x_BTD[:, length:], state)
-        expected_BTD = layer(x_BTD)[:, -2:]
-        assert_close(original_BTD, expected_BTD, self.tolerance, "rows selected from, afterwards")
+        for rows in ([1, 0, 1], [0, 1]):
+            state = self.state(layer, 2, length + 2)
+            layer(x_BTD[:, :length], PLAIN, state)
+            rows_B = torch.tensor(rows)
+            beams = state.select(rows_B)
+            other_BTD = self.inputs(len(rows), 2, seed=1)
+            actual_BTD = run_steps(layer, other_BTD, beams)
+            whole_BTD = torch.cat([x_BTD[rows_B, :length], other_BTD], dim=1)
+            assert_close(actual_BTD, layer(whole_BTD)[:, -2:], self.tolerance, f"rows {rows}")
+            original_BTD = run_steps(layer, x_BTD[:, length:], state)
+            expected_BTD = layer(x_BTD)[:, -2:]
+            what = f"the state that rows {rows} were selected from, afterwards"
+            assert_close(original_BTD, expected_BTD, self.tolerance, what)
 
     @concerns("forward")
     @pytest.mark.parametrize("padding", [1, 4, 30])

@@ -1,0 +1,120 @@
+"""Verdicts: how a trial ended, and what whatever it raised stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import re
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.errors import DiskError, FieldError, WorkbenchError
+from workbench.training import DivergedError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class InfeasibleError(Exception):
+    """A constraint is violated: the trial goes no further. Carries the violated bounds' text."""
+
+
+@dataclasses.dataclass
+class Verdict:
+    """How a trial ended, as its record keeps it.
+
+    Attributes:
+        outcome: a key of `records.OUTCOMES`.
+        reason: why, for people.
+        metrics, extras: figures by name; an extra that is not finite is None.
+        constraints: violation by metric name; above 0 is violated.
+        stage_seconds: wall seconds by stage.
+        details: further facts (quantizer reports, environment).
+    """
+
+    outcome: str = "complete"
+    reason: str = ""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    extras: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    constraints: dict[str, float] = dataclasses.field(default_factory=dict)
+    stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def update(self, other: Verdict) -> None:
+        """Take over what a later stage found."""
+        self.outcome, self.reason = other.outcome, other.reason
+        for name in ("metrics", "extras", "constraints", "stage_seconds", "details"):
+            getattr(self, name).update(getattr(other, name))
+
+
+class Timed:
+    """Adds the wall seconds of a block to a verdict, also when the block raises."""
+
+    def __init__(self, verdict: Verdict, stage: str) -> None:
+        self.verdict, self.stage = verdict, stage
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = time.perf_counter() - self.started
+        self.verdict.stage_seconds[self.stage] = seconds
+
+
+class Recorded:
+    """Turns whatever a block raises, sys.exit too, but for an interrupt, into the outcome."""
+
+    def __init__(self, verdict: Verdict, folder: Path) -> None:
+        self.verdict, self.folder = verdict, folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or isinstance(error, KeyboardInterrupt):
+            return False
+        found = verdict_of(error, self.folder)
+        self.verdict.outcome, self.verdict.reason = found.outcome, found.reason
+        return True
+
+
+def verdict_of(error: BaseException, folder: Path) -> Verdict:
+    """The verdict that an exception stands for; an unexpected one leaves its traceback behind.
+
+    Args:
+        folder: of the trial; the traceback is added to its `log.txt`.
+    """
+    outcome, reason = classify(error)
+    if outcome == "error" and not isinstance(error, WorkbenchError):
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            traceback.print_exception(error, file=log)
+    return Verdict(outcome=outcome, reason=reason)
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """The outcome that an exception stands for, and its reason in words."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if isinstance(error, InfeasibleError | FieldError):
+        return "infeasible", str(error)
+    if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
+        return "interrupted", str(error)
+    if isinstance(error, DivergedError):
+        return "diverged", str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_allocator(error):
+        wanted = re.search(r"tried to allocate (\d+) bytes", str(error), re.IGNORECASE)
+        return (
+            "out_of_memory",
+            f"an allocation of {int(wanted[1]):,} bytes failed" if wanted else text,
+        )
+    return "error", str(error) if isinstance(error, WorkbenchError) else text
+
+
+def _is_allocator(error: BaseException) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError, so only its words tell.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
