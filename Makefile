@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test slow lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base ## a real search on real text: minutes on two cores; again: resumes
 	$(BIN)/workbench run studies/quickstart.toml
 
-test: $(VENV)/dev ## everything but what needs CUDA
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(VENV)/dev ## everything but what needs CUDA or is marked slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+slow: $(VENV)/dev ## tests of ten seconds and more: exports, wheels, whole studies
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

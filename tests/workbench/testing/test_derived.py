@@ -40,6 +40,13 @@ def anything(config: object) -> bool:
     return True
 
 
+def test_a_mistake_of_the_thing_is_left_to_its_suite() -> None:
+    def broken(config: object) -> bool:
+        raise NameError("a slip in check or costs")
+
+    assert derived_configs(Heads, broken)[0] == Heads()
+
+
 def test_defaults_corners_and_flags() -> None:
     assert derived_configs(Heads, anything) == [
         Heads(),
