@@ -45,6 +45,7 @@ def test_text_says_how_to_load_it(cli: Cli, notes: Path, monkeypatch: pytest.Mon
     assert 'from_pretrained("out", trust_remote_code=True)' in text
 
 
+@pytest.mark.slow
 def test_what_it_prints_runs_as_it_is(cli: Cli, notes: Path, tmp_path: Path) -> None:
     """Text for a trial on text; token ids where the tokenizer is left out of it."""
     shown = cli("export", "notes:0", "some 'model'", "--runs", notes).out

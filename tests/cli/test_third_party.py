@@ -53,6 +53,7 @@ def test_its_layer_is_listed_with_package_version_and_file(cli: Cli, site: str) 
     assert [r for r in rows if r != row] == without
 
 
+@pytest.mark.slow
 def test_a_study_searches_it_and_its_trial_is_exported(cli: Cli, site: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Das ist ein Text.\n" * 800)

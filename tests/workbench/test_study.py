@@ -75,6 +75,7 @@ def test_a_study_leaves_whole_records(study_data, runs):
     assert [s.name for s in list_studies(runs)] == ["toys"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_suggestions_and_losses(study_data, tmp_path):
     one = run(study_data, tmp_path / "a", **{"budget.trials": 12})
     two = run(study_data, tmp_path / "b", **{"budget.trials": 12})
@@ -420,6 +421,7 @@ def workers_of(parent: int) -> set[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_stopped_study_resumes_its_trial_from_the_checkpoint(study_data, tmp_path, number):
     whole = run(slow(study_data), tmp_path / "whole")
     process = start_slow(study_data, tmp_path / "runs")
@@ -492,6 +494,7 @@ def test_a_trial_recorded_but_not_told_is_told_on_resume(study_data, runs, tmp_p
         pytest.param(300_000, [256, 272, 288], id="weights"),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_is_a_message_and_resumable(study_data, runs, limit, d_model):
     """A file size limit makes every write past it fail, as a full disk does."""
     code = (

@@ -48,6 +48,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_its_test_passes_where_the_page_says(folder: Path) -> None:
     result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert result.returncode == 0, result.stdout
@@ -56,6 +57,7 @@ def test_its_test_passes_where_the_page_says(folder: Path) -> None:
     assert passed > len(suite), "every test of the suite, most of them twice"
 
 
+@pytest.mark.slow
 def test_its_failures_read_as_the_page_says(folder: Path) -> None:
     leaky = LAYER.replace("context.seq_idx_BT is not None", "False")
     leaky = leaky.replace("state.last_BD = x_BTD[:, -1]", "pass")
@@ -84,6 +86,7 @@ def workbench(
     )
 
 
+@pytest.mark.slow
 def test_check_plugin_passes_as_the_page_says(folder: Path) -> None:
     (folder / "test_token_shift.py").unlink()
     result = workbench(folder.parent, "check-plugin", "my_layers/token_shift.py")
