@@ -302,9 +302,8 @@ def _reason(plugin: _Candidate | Provenance, error: BaseException) -> str:
 def register_all(plugins: Plugins, registries: Mapping[str, Any]) -> None:
     """Fill each registry through the hook `register_…` of its name.
 
-    A plugin whose hook raises joins the failures. One that patches what others use, does, too, and
-    nothing of it stays registered. An error of the registry itself (`PluginError`) goes on to the
-    caller.
+    A plugin whose hook raises, or that patches what others use, joins the failures, and nothing of
+    it stays registered. An error of the registry itself (`PluginError`) goes on to the caller.
     """
     guard = Guard(plugins.packages)
     modules = {name: plugins.manager.get_plugin(name) for name in plugins.loaded}
@@ -315,6 +314,7 @@ def register_all(plugins: Plugins, registries: Mapping[str, Any]) -> None:
             _register(plugins, provenance, caller, registry, guard)
         if changes := guard.restore():
             _fail(plugins, provenance, describe_changes(changes), _places(changes))
+        if name in plugins.failures:
             del plugins.loaded[name]
             for registry in registries.values():
                 registry.drop(name)

@@ -59,6 +59,8 @@ def _place(cause: str, space: SpaceConfig) -> str:
         return f"[constraints] {cause.replace('constraints.', '')}"
     if field.startswith("quantizer."):
         return f"[space.quantizer] {field.removeprefix('quantizer.')}"
+    if field == "layer":  # not what it is set to, but that it lies where it does
+        return f"[space] {'mlps' if owner in space.mlps else 'mixers and placements'} ({owner})"
     if owner in (*space.mixers, *space.mlps):
         return f"[space.layers.{owner}] {field}"
     if owner in space.placements:

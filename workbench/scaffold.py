@@ -111,6 +111,11 @@ def plugin_files(name: str, kind: str) -> dict[str, str]:
         f"test_{module}.py": f"{kind}/test.py.txt",
     }
     home = files("workbench") / "templates"
+    text = home.joinpath(f"{kind}/module.py.txt").read_text("utf-8")
+    if re.search(rf"\b{title}\b", text.replace("$title", "")):
+        raise FieldError(
+            "NAME", f"its class {title} would hide another of that name: choose another"
+        )
     return {
         path: Template(home.joinpath(template).read_text("utf-8")).substitute(fields)
         for path, template in templates.items()

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 OURS = frozenset({"workbench", "torch", "pluggy", "contextlib", "runpy"}) | sys.stdlib_module_names
 
@@ -80,6 +80,20 @@ class _Stray(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    @property
+    def buffer(self) -> Any:
+        return sys.stderr.buffer
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stderr.encoding
 
     def write(self, text: str) -> int:
         who = self._who or _printing_module()

@@ -28,7 +28,7 @@ from workbench.environment import environment
 from workbench.errors import FieldError, WorkbenchError
 from workbench.files import make_folder, replacing
 from workbench.guard import Guard, describe_changes, guarded
-from workbench.layout import Layout
+from workbench.layout import Layout, canonical_json
 from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
 from workbench.study_config import StudyConfig
@@ -54,7 +54,7 @@ class Workplace:
             self.metrics = make_metrics(config, builder)
             self.data = make_data(config, builder, cache_dir)
         self.threads = config.runtime.threads or os.cpu_count() or 1
-        self._constructed: set[str] = set()  # layers that were seen to allocate nothing on meta
+        self._constructed: set[tuple[str, str]] = set()  # seen to allocate nothing on meta
 
     def probe(self) -> None:
         """Draw a batch of each part, so that what can never be judged is refused at once.
@@ -82,10 +82,10 @@ class Workplace:
         Raises:
             FaultyLayerError: names the block and its tensor.
         """
-        names = {block.layer for block in layout.blocks}
-        if not names <= self._constructed:
+        seen = {(block.layer, canonical_json(block.config)) for block in layout.blocks}
+        if not seen <= self._constructed:
             sanity.check_construction(self.builder.build(layout, device="meta"))
-            self._constructed |= names
+            self._constructed |= seen
 
     def subject(self, layout: Layout, model: HybridLM | None = None) -> Subject:
         """What the metrics of one stage look at."""

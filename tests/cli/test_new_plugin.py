@@ -120,6 +120,8 @@ def test_it_says_what_to_type_next(cli: Cli, tmp_path: Path) -> None:
         ("2fast", "layer", "'2fast': use lower case"),
         ("../up", "layer", "'../up': use lower case"),
         ("class", "layer", "'class' is a name of Python's own"),
+        ("state", "layer", "its class State would hide another of that name"),
+        ("costs", "layer", "its class Costs would hide another of that name"),
         ("json", "layer", "'json' is a name of Python's own"),
         ("mamba", "layer", "'mamba' is a plugin already"),
         ("mamba2", "layer", "'mamba2' is a layer of mamba already"),

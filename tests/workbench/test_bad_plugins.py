@@ -220,3 +220,15 @@ def test_a_good_plugin_is_not_suspected(folder: Path) -> None:
     assert builder.plugins.failures == {}
     assert torch.equal(torch.get_rng_state(), before)
     assert isinstance(torch.fx, types.ModuleType)
+
+
+def test_standard_output_stays_a_file_for_plugins(capfd: pytest.CaptureFixture[str]) -> None:
+    with stray_output.apart("someone"):
+        sys.stdout.buffer.write(b"bytes\n")
+        sys.stdout.buffer.flush()
+        subprocess.run([sys.executable, "-c", "print('child')"], stdout=sys.stdout, check=True)
+        assert sys.stdout.encoding
+        assert not sys.stdout.isatty()
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert {"bytes", "child"} <= set(said.err.splitlines())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.workbench.plugin_files import (
+    builder_of,
     only_these,
     write_layer_plugin,
     write_plugin,
@@ -174,3 +175,17 @@ def test_a_second_load_reads_the_file_anew(folder: Path) -> None:
     assert list(Builder.load([folder]).layers) == ["before"]
     write_layer_plugin(folder, "mine", "after")
     assert list(Builder.load([folder]).layers) == ["after"]
+
+
+def test_nothing_stays_of_a_plugin_whose_hook_raises(folder: Path) -> None:
+    body = """
+    @hookimpl
+    def register_layers(register):
+        register("half", Idle)
+        raise RuntimeError("on the way")
+    """
+    write_plugin(folder, "mine", body)
+    builder = builder_of(folder)
+    assert "half" not in builder.layers
+    assert list(builder.plugins.failures) == ["mine"]
+    assert "mine" not in builder.plugins.loaded

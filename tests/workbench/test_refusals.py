@@ -11,7 +11,8 @@ import pytest
 from tests.workbench.conftest import make_config
 from workbench import WorkbenchError
 from workbench.records import Trial, load_study
-from workbench.refusals import Refusals, cause_of
+from workbench.refusals import Refusals, _place, cause_of
+from workbench.space import SpaceConfig
 from workbench.study import run_study
 
 IMPOSSIBLE = {"constraints": {"toy_weights": {"max": 10}}}
@@ -61,6 +62,12 @@ def run(study_data: dict[str, Any], runs: Path, **changes: Any) -> str:
     with pytest.raises(WorkbenchError) as caught:
         run_study(make_config(study_data, **changes), runs)
     return str(caught.value)
+
+
+def test_where_a_layer_lies_is_no_field_of_it() -> None:
+    space = SpaceConfig(d_model=8, num_layers=1, mixers=("reader",), mlps=("gate",), placements=())
+    assert _place("reader.layer", space) == "[space] mixers and placements (reader)"
+    assert _place("gate.layer", space) == "[space] mlps (gate)"
 
 
 def test_a_study_in_which_nothing_is_feasible_stops_early_and_says_why(

@@ -56,7 +56,7 @@ def plugins(
         say(f"Plugin {failure.plugin!r} did not load: {failure.reason}")
         if traceback and failure.traceback:
             print(failure.traceback)
-    if known.plugins.failures and not traceback:
+    if any(failure.traceback for failure in known.plugins.failures.values()) and not traceback:
         say("workbench plugins --traceback shows where.")
 
 

@@ -120,7 +120,9 @@ def _not_loaded(plugin: str, reason: str, traceback: str) -> Check:
         file=file,
         line=line,
         holds="The plugin can be imported, and registers what it offers.",
-        mend="Correct the line named here; `workbench plugins --traceback` shows the way to it.",
+        mend="Correct the line named here; `workbench plugins --traceback` shows the way to it."
+        if traceback
+        else "Do as the message says.",
     )
 
 

@@ -114,7 +114,7 @@ def _moved(
 
 def _accepted(config_class: type, values: Mapping[str, Any], accept: Accept) -> bool:
     try:
-        config = configs.from_dict(config_class, values)
+        config: Any = configs.from_dict(config_class, values)
         return accept(config)
     except WorkbenchError:
         return False
