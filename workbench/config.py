@@ -28,6 +28,7 @@ from typing import (
     get_origin,
     get_type_hints,
 )
+from weakref import WeakKeyDictionary
 
 from workbench.errors import FieldError, UnknownNameError
 
@@ -133,6 +134,16 @@ def fields_of(config_class: type) -> dict[str, Field]:
         TypeError: it is no frozen dataclass.
     """
     check_config_class(config_class)
+    if config_class not in _declared:
+        _declared[config_class] = _read_fields(config_class)
+    return dict(_declared[config_class])
+
+
+# Weak, because a plugin that is loaded anew leaves its old classes behind.
+_declared: WeakKeyDictionary[type, dict[str, Field]] = WeakKeyDictionary()
+
+
+def _read_fields(config_class: Any) -> dict[str, Field]:
     hints = get_type_hints(config_class, include_extras=True)
     result = {}
     for item in dataclasses.fields(config_class):

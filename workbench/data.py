@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,18 +34,31 @@ class Batch:
     num_bytes: float | None = None
     context: Context = PLAIN
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the context says nothing: inputs and targets are all there is."""
+        context = self.context
+        return all(getattr(context, f.name) is None for f in dataclasses.fields(context))
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._with_each(lambda tensor: tensor.pin_memory())
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in dataclasses.fields(self.context)
             if (value := getattr(self.context, field.name)) is not None
         }
         return dataclasses.replace(
             self,
-            inputs_BT=self.inputs_BT.to(device, non_blocking=True),
-            targets_BT=self.targets_BT.to(device, non_blocking=True),
-            context=dataclasses.replace(self.context, **moved),
+            inputs_BT=change(self.inputs_BT),
+            targets_BT=change(self.targets_BT),
+            context=dataclasses.replace(self.context, **changed),
         )
 
 

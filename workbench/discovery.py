@@ -7,6 +7,7 @@ reason; what it did to torch or to other plugins meanwhile is undone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points, version
+from importlib.metadata import Distribution, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from workbench import hookspecs, stray_output
 from workbench.errors import PluginError, UnknownNameError, WorkbenchError
 from workbench.guard import Change, Guard, describe_changes
 from workbench.hookspecs import API
-from workbench.provenance import Provenance, source_digest
+from workbench.provenance import SHORT, Provenance, source_digest
 
 __all__ = ["API", "GROUP", "Failure", "Plugins", "Provenance", "discover", "register_all"]
 
@@ -102,6 +103,7 @@ class _Candidate:
     version: str
     file: Path | None = None
     api: int = API
+    distribution: Distribution | None = dataclasses.field(default=None, compare=False)
 
     @property
     def top(self) -> str:
@@ -123,6 +125,17 @@ class _Candidate:
             raise
         return module
 
+    def provenance(self, module: ModuleType) -> Provenance:
+        digest = source_digest(module, self.distribution)
+        return Provenance(
+            plugin=self.name,
+            package=self.package,
+            version=self.version if self.file is None else f"sha256:{digest[:SHORT]}",
+            module=self.module,
+            file=str(getattr(module, "__file__", None) or ""),
+            sha256=digest,
+        )
+
 
 def _installed() -> list[_Candidate]:
     points = entry_points()
@@ -130,9 +143,10 @@ def _installed() -> list[_Candidate]:
         _Candidate(
             name=point.name,
             module=point.value,
-            package=point.dist.name if point.dist else None,
-            version=point.dist.version if point.dist else "unknown",
+            package=_named(point.dist)[0] if point.dist else None,
+            version=_named(point.dist)[1] if point.dist else "unknown",
             api=api,
+            distribution=point.dist,
         )
         for group in points.groups
         if (api := _api_of(group)) is not None
@@ -142,6 +156,12 @@ def _installed() -> list[_Candidate]:
     served = {(candidate.package, candidate.name) for candidate in found if candidate.api == API}
     found = {c for c in found if c.api == API or (c.package, c.name) not in served}
     return sorted(found, key=lambda candidate: (candidate.name, candidate.module, candidate.api))
+
+
+@functools.lru_cache(maxsize=16)  # each look parses the metadata, and a package has many plugins
+def _named(distribution: Distribution) -> tuple[str, str]:
+    metadata = distribution.metadata
+    return metadata["Name"], metadata["Version"]
 
 
 def _api_of(group: str) -> int | None:
@@ -169,7 +189,7 @@ def _in_folders(plugin_dirs: Iterable[str | Path]) -> list[_Candidate]:
         for path in sorted(folder.resolve().glob("*.py")):
             if path.name.startswith(("_", "test_")) or path.name == "conftest.py":
                 continue
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:SHORT]
             module = f"workbench_plugin_{path.stem}"
             found.append(_Candidate(path.stem, module, None, f"sha256:{digest}", path))
     return found
@@ -207,21 +227,13 @@ def _load(candidate: _Candidate, plugins: Plugins, guard: Guard) -> None:
         _forget(candidate, changes, known)
         _fail(plugins, candidate, describe_changes(changes), _places(changes))
         return
-    guard.watch(candidate.module, module)  # a file that is loaded again replaces its module
     try:
         plugins.manager.register(module, name=candidate.name)
     except (pluggy.PluginValidationError, ValueError) as error:  # bad hook, or registered twice
         raise PluginError(f"plugin {candidate.name!r} ({_where(candidate)}): {error}") from None
     _refuse_misspelled(plugins.manager, module, candidate)
     _refuse_unmarked(plugins.manager, module, candidate)
-    plugins.loaded[candidate.name] = Provenance(
-        plugin=candidate.name,
-        package=candidate.package,
-        version=candidate.version,
-        module=candidate.module,
-        file=str(getattr(module, "__file__", None) or ""),
-        sha256=source_digest(module),
-    )
+    plugins.loaded[candidate.name] = candidate.provenance(module)
 
 
 def _forget(candidate: _Candidate, changes: list[Change], known: set[str]) -> None:

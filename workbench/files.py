@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,39 @@ def replacing(path: Path) -> Iterator[Path]:
         raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write where something is already.
+
+    Raises:
+        WorkbenchError: `path` is there, be it a link that leads nowhere.
+    """
+    if path.exists() or path.is_symlink():
+        raise WorkbenchError(f"{path} is there already: name a new folder, or remove it first.")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; it takes the name `path` when the block ends well.
+
+    Raises:
+        WorkbenchError: `path` is there already, and stays as it is.
+        DiskError: it cannot be written (a full disk, say); nothing half-written stays.
+    """
+    refuse_existing(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise DiskError(
+            f"cannot write {path}: {error.strerror or error}. Nothing was kept: make room or "
+            "choose another place, and try again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:

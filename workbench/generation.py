@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.config import Range
 from workbench.errors import FieldError
-from workbench.layer import PLAIN, Context
+from workbench.layer import PLAIN, Context, State
 from workbench.model import HybridLM
 
 
@@ -65,6 +65,7 @@ def stream(
     config: SamplingConfig = GREEDY,
     seed: int = 0,
     context: Context = PLAIN,
+    capture: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, `[B]`, `max_new_tokens` times.
 
@@ -72,8 +73,11 @@ def stream(
         prompt_BT: int64 ids on the model's device, at least one token a row; shorter prompts are
             padded on the left and masked in `context`.
         seed: of the draws; greedy decoding needs none.
+        capture: replay steps as a CUDA graph (`decoding.CapturedStep`): worth its capture, which
+            may compile for seconds, from some hundred tokens on.
 
     Raises:
+        WorkbenchError: the steps cannot be captured.
         FieldError: with the first token; an empty prompt, or ids that the vocabulary does not have.
     """
     if prompt_BT.ndim != 2:
@@ -84,12 +88,29 @@ def stream(
         raise FieldError("prompt", f"token ids must be below {model.layout.vocab_size}")
     generator = torch.Generator(model.device).manual_seed(seed)
     states = model.init_state(prompt_BT.shape[0], prompt_BT.shape[1] + max_new_tokens)
-    logits_BV = model.prefill(prompt_BT, states, context)
+    tokens_B = sample(model.prefill(prompt_BT, states, context), config, generator)
+    next_tokens = _next_tokens(model, states, len(prompt_BT), config, generator, capture)
     for index in range(max_new_tokens):
-        tokens_B = sample(logits_BV, config, generator)
         yield tokens_B
         if index + 1 < max_new_tokens:
-            logits_BV = model.step(tokens_B, states)
+            tokens_B = next_tokens(tokens_B)
+
+
+def _next_tokens(
+    model: HybridLM,
+    states: list[State],
+    batch_size: int,
+    config: SamplingConfig,
+    generator: torch.Generator,
+    capture: bool,
+) -> Callable[[Tensor], Tensor]:
+    """From the last tokens to the next ones, `[B]` to `[B]`."""
+    if capture:
+        from workbench.decoding import CapturedStep
+
+        step = CapturedStep(model, states, batch_size, sampling=config, generator=generator)
+        return lambda tokens_B: step(tokens_B).clone()
+    return lambda tokens_B: sample(model.step(tokens_B, states), config, generator)
 
 
 def generate(model: HybridLM, prompt_BT: Tensor, max_new_tokens: int, **options: object) -> Tensor:

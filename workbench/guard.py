@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import os
 import random
@@ -23,12 +24,13 @@ from workbench.errors import PatchError
 from workbench.shared_settings import read_settings, write_settings
 
 FUNCTIONS = ("torch", "torch.nn.utils", "builtins", "math")  # of these, no class is watched
-TORCH = (
+TORCH = frozenset({
     *FUNCTIONS, "torch.autograd", "torch.autograd.function", "torch.fft", "torch.functional",
     "torch.linalg", "torch.nn", "torch.nn.functional", "torch.nn.init", "torch.nn.parameter",
     "torch.nn.utils.clip_grad", "torch.random", "torch.special",
-)  # fmt: skip
+})  # fmt: skip
 TORCH_PACKAGES = ("torch.nn.modules", "torch.optim")
+CORE = "workbench"
 MISSING = object()
 
 
@@ -50,18 +52,24 @@ class Change:
 class Guard:
     """What plugins share, as it is now.
 
+    In torch, whatever is not as before is a change, and in the workbench what is not its own. In
+    a plugin's package it is the workbench's code and that of the other packages: anything else
+    may have been put there by the plugin itself, as by one that looks for a faster function at
+    its first use, and lets a name of its own stand for it. Who put it there cannot be told from
+    what is there. So it goes unnoticed where a plugin deletes a name of another one, or gives it
+    a value that is no plugin's code: a constant, or a function of torch or a third package.
+
     Args:
-        packages: top-level packages to watch besides torch. Code of such a package may change
-            the package itself, and nothing else.
+        packages: top-level packages of plugins, to be watched besides torch and the workbench.
     """
 
     def __init__(self, packages: Iterable[str] = ()) -> None:
         import torch
 
-        self._packages = frozenset({"workbench", *packages})
+        self._packages = frozenset({CORE, *packages})
         self._spaces: dict[int, _Namespace] = {}
         self._modules: dict[str, ModuleType] = {}
-        self._count = 0
+        self._seen: set[str] = set()
         self._tensor = torch.Tensor
         self._watch_modules()
         self._remember()
@@ -93,40 +101,46 @@ class Guard:
         return changes
 
     def _watch_modules(self) -> None:
-        """Take in what was imported meanwhile."""
-        if len(sys.modules) == self._count:
-            return
-        self._count = len(sys.modules)
-        for name, module in list(sys.modules.items()):
-            self.watch(name, module)
+        """Take in what was imported meanwhile, be it again."""
+        now = sys.modules
+        new = now.keys() - self._seen
+        again = {name for name, known in self._modules.items() if now.get(name, known) is not known}
+        for name in sorted(new | again):
+            if name in TORCH or name.startswith(TORCH_PACKAGES):
+                self._watch(name, now[name], "")
+            elif (top := name.partition(".")[0]) in self._packages:
+                self._watch(name, now[name], top)
+        self._seen |= new
         self._watch_class(self._tensor, "")
 
-    def watch(self, name: str, module: ModuleType) -> None:
-        """Watch a module from now on, if it is one of those to watch."""
-        top = name.partition(".")[0]
-        torchs = name in TORCH or name.startswith(TORCH_PACKAGES)
-        if not torchs and top not in self._packages:
-            return
-        if self._modules.get(name) is module or not isinstance(module, ModuleType):
+    def _watch(self, name: str, module: object, own: str) -> None:
+        if not isinstance(module, ModuleType):
             return
         self._modules[name] = module
-        own = "" if torchs else top
-        self._spaces[id(module)] = _Namespace(module, name, own)
+        self._watch_names(module, name, own)
         for value in () if name in FUNCTIONS else list(vars(module).values()):
             if isinstance(value, type) and value.__module__ == name:
                 self._watch_class(value, own)
 
     def _watch_class(self, owner: type, own: str) -> None:
         if id(owner) not in self._spaces:
-            name = f"{owner.__module__}.{owner.__qualname__}"
-            self._spaces[id(owner)] = _Namespace(owner, name, own)
+            self._watch_names(owner, f"{owner.__module__}.{owner.__qualname__}", own)
+
+    def _watch_names(self, owner: ModuleType | type, name: str, own: str) -> None:
+        packages = self._packages if own not in ("", CORE) else None
+        self._spaces[id(owner)] = _Namespace(owner, name, own, packages)
 
 
 class _Namespace:
-    """The names of one module or class."""
+    """The names of one module or class.
 
-    def __init__(self, owner: Any, name: str, own: str) -> None:
-        self.owner, self.name, self.own = owner, name, own
+    Args:
+        own: the top-level package whose code may stand there; empty for none.
+        packages: whose code may not, but for `own`; None for everybody's.
+    """
+
+    def __init__(self, owner: Any, name: str, own: str, packages: frozenset[str] | None) -> None:
+        self.owner, self.name, self.own, self.packages = owner, name, own, packages
         self.is_class = isinstance(owner, type)
         self._remember()
 
@@ -155,8 +169,12 @@ class _Namespace:
         # Of values, those of torch's own types: dtypes, layouts, the default generator.
         if not (callable(old) or isinstance(old, _KINDS) or type(old).__module__ == "torch"):
             return False
-        module = str(_code_of(new)[0])
-        return not (_is_torchs_own(old, new) or (self.own and _top(module) == self.own))
+        top = _code_of(new)[0].partition(".")[0]
+        if self.own and top == self.own:
+            return False
+        if self.packages is not None:
+            return top in self.packages
+        return not _is_torchs_own(old, new)
 
     def _change(self, name: str, new: Any) -> Change:
         full = f"{self.name}.{name}"
@@ -167,6 +185,7 @@ class _Namespace:
 
 
 _KINDS = (property, staticmethod, classmethod, ModuleType)
+_WRAPPERS = (functools.partial, functools.partialmethod, functools.cached_property)
 
 
 def _inherited(owner: type, name: str) -> Any:
@@ -199,17 +218,16 @@ def _unshielded(function: Any) -> Any:
 
 def _code_of(value: Any) -> tuple[str, str, str]:
     """Module, name and place of the code that a value stands for."""
+    if isinstance(value, _WRAPPERS):
+        value = value.func
     function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-    module = str(getattr(function, "__module__", None) or "")
+    is_module = isinstance(function, ModuleType)
+    module = str(getattr(function, "__name__" if is_module else "__module__", None) or "")
     label = str(getattr(function, "__qualname__", None) or repr(value))
     code = getattr(function, "__code__", None)
     where = f'File "{code.co_filename}", line {code.co_firstlineno}' if code else ""
     line = f", line {code.co_firstlineno}" if code else ""
     return module, f"{label} ({module}{line})" if module else label, where
-
-
-def _top(module: str) -> str:
-    return module.partition(".")[0]
 
 
 def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
@@ -232,9 +250,16 @@ def _generator_states() -> list[tuple[Callable[[Any], object], Any]]:
         (random.setstate, random.getstate()),
         (torch.set_rng_state, torch.get_rng_state()),
     ]
-    if numpy := sys.modules.get("numpy"):
-        states.append((numpy.random.set_state, numpy.random.get_state()))
+    if numpy_random := sys.modules.get("numpy.random"):
+        states.append((numpy_random.set_state, numpy_random.get_state()))
+    else:  # numpy imports it at its first use, and then seeds it from the system
+        states.append((_reseed_numpy, None))
     return states
+
+
+def _reseed_numpy(_: None) -> None:
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+from workbench import kernels
 from workbench.builder import Builder
 from workbench.environment import device_name, package_versions
 from workbench.errors import WorkbenchError
@@ -25,7 +26,10 @@ def identity(place: Workplace, space: Space) -> dict[str, Any]:
     """JSON facts that a resumed study must share with the one that was started.
 
     Everything that its figures depend on: the space, what is judged and how, the data's content,
-    the training, the seed, the plugins used, torch, and the device and threads.
+    the training, the seed, the plugins used, torch, the device, its kernels, and the threads.
+
+    Raises:
+        WorkbenchError: a setting demands kernels that do not work here.
     """
     config = place.config.to_dict()
     measured = any(metric.stage == "measured" for metric in place.metrics.values())
@@ -38,7 +42,16 @@ def identity(place: Workplace, space: Space) -> dict[str, Any]:
         "torch": package_versions(("torch",))["torch"],
         "threads": place.threads,
         "device": device_name(place.device) if measured else place.device,
+        "backends": used_backends(place),
     }
+
+
+def used_backends(place: Workplace) -> dict[str, list[str]]:
+    """`kernels.in_use` of the operations of those plugins that the study uses."""
+    used = used_plugins(place.config, place.builder)
+    loaded = place.builder.plugins.loaded
+    packages = {loaded[name].module.partition(".")[0] for name in used if name in loaded}
+    return kernels.in_use(place.device, packages)
 
 
 def used_plugins(config: StudyConfig, builder: Builder) -> dict[str, str]:
@@ -128,7 +141,9 @@ def refuse_change(folder: Path, now: dict[str, Any], name: str) -> None:
     """
     if not (folder / "study.json").exists():
         return
-    changes = list(_differences(Study(folder).data.get("identity", {}), now))
+    # A study from before there were other kernels ran on torch.
+    before = {"backends": {}, **Study(folder).data.get("identity", {})}
+    changes = list(_differences(before, now))
     if changes:
         shown = "\n".join(f"  {change}" for change in changes[:8])
         way_back = (

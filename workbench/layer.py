@@ -21,6 +21,7 @@ publishes in the same call (`Context.publish`, `Context.source`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -116,6 +117,39 @@ class State:
                 rows[field] = value.index_select(0, indices_B)
         return dataclasses.replace(self, **rows)
 
+    def make_static(self) -> None:
+        """Take the form whose steps a CUDA graph can replay: what a step changes is tensors alone.
+
+        A graph runs no Python: a counter kept as a number would stand still. A state with such a
+        counter overrides this, and from here on counts in a tensor, updated in place.
+
+        Raises:
+            NotImplementedError: a field is a number, and the class does not say how it is counted.
+        """
+        for name, value in self._values().items():
+            if isinstance(value, State):
+                value.make_static()
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                kind = type(self).__name__
+                raise NotImplementedError(f"{kind} keeps {name!r} on the host")
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that it can still take; None for no limit."""
+        rooms = [value.room for value in self._values().values() if isinstance(value, State)]
+        return min((room for room in rooms if room is not None), default=None)
+
+    def restore(self, before: Self) -> None:
+        """Become equal to `before`, an earlier copy: tensors in place, so that a graph sees it."""
+        for name, then in before._values().items():
+            now = getattr(self, name)
+            if isinstance(then, State):
+                now.restore(then)
+            elif isinstance(then, Tensor) and isinstance(now, Tensor) and now.shape == then.shape:
+                now.copy_(then)
+            else:
+                setattr(self, name, copy.deepcopy(then))
+
     def _values(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
@@ -129,10 +163,11 @@ class Layer(nn.Module):
             `"mlp"` (no mixing along the sequence).
         glyph: one character for layout patterns.
         reference: the paper or implementation it follows.
-        backend: the kernels it runs on, for the record.
         keep_precision: linear submodules that quantizers must leave alone, name → why.
         output_projection: name of the linear that writes to the residual stream; its initial
             weights are scaled down with depth. None for no such linear.
+        host_synchronized: whether a forward pass waits for the device (reads a tensor's value in
+            Python). Such a step cannot be captured as a CUDA graph, and is not.
         pre_norm: whether its block norms the input. False gives the layer the bare residual
             stream, and the block no norm.
         shared: children whose modules a block takes from its `source`, which must then be of the
@@ -144,9 +179,9 @@ class Layer(nn.Module):
     kind: ClassVar[Kind] = "recurrent"
     glyph: ClassVar[str] = "?"
     reference: ClassVar[str] = ""
-    backend: ClassVar[str] = "torch"
     keep_precision: ClassVar[Mapping[str, str]] = {}
     output_projection: ClassVar[str | None] = None
+    host_synchronized: ClassVar[bool] = False
     pre_norm: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
 
@@ -191,6 +226,17 @@ class Layer(nn.Module):
             bytes_per_element: of activations and caches (not of weights).
         """
         raise NotImplementedError(f"{cls.__qualname__}.costs")
+
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        """What each operation of a forward pass runs on, on the layer's device, for the record.
+
+        Args:
+            dtype: of the activations.
+
+        Returns:
+            Operation → backend (`workbench.kernels`); empty for a layer that has torch alone.
+        """
+        return {}
 
     def reset_parameters(self) -> None:
         """Initialise what is not a plain linear, in place; linears are done by the model."""

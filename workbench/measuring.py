@@ -7,7 +7,9 @@ should run on the device; a spread above `NOISY` marks a figure that something d
 
 Measuring leaves a model as it was: weights, training flags and random generators are untouched.
 
-Shape suffixes: B batch, T tokens of the prompt, S timed steps.
+How single steps run can be replaced (`Stepper`), by a CUDA graph say; the default is `model.step`.
+
+Shape suffixes: B batch, T tokens of the prompt, S timed steps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,11 +27,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import FieldError, WorkbenchError
+from workbench.errors import FieldError, UnknownNameError, WorkbenchError
+from workbench.generation import GREEDY, SamplingConfig, sample
 from workbench.layer import State
 from workbench.model import HybridLM
 
 NOISY = 0.05  # relative spread above which a timing is marked
+
+# Makes the function that takes one decode step, logits [B, V] after tokens [B], from the model, the
+# filled states that the steps carry on, and the batch size. What a step carries is in those states:
+# between two steps they may be taken back to an earlier moment, by `State.restore`.
+Step = Callable[[Tensor], Tensor]
+Stepper = Callable[[HybridLM, list[State], int], Step]
+
+EAGER, CAPTURED = "eager", "cuda-graph"
+STEPS = ("auto", EAGER, CAPTURED)
+
+
+def eager(model: HybridLM, states: list[State], batch_size: int) -> Step:
+    """The default Stepper: `model.step`, launch by launch."""
+    return lambda tokens_B: model.step(tokens_B, states)
+
+
+def stepper_of(steps: str, device: str) -> tuple[str, Stepper]:
+    """A way to run steps by its name, one of `STEPS`, with that name.
+
+    `"auto"` captures them on a CUDA device.
+
+    Raises:
+        UnknownNameError: no such way. A model that cannot be captured raises when it is stepped.
+    """
+    if steps not in STEPS:
+        raise UnknownNameError("way to run steps", steps, STEPS)
+    if steps == EAGER or (steps == "auto" and torch.device(device).type != "cuda"):
+        return EAGER, eager
+    from workbench.decoding import CapturedStep
+
+    return CAPTURED, CapturedStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +91,14 @@ class Timing:
         """Whether the spread is above 5 %: time again on a quieter machine before concluding."""
         return self.spread > NOISY
 
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """What at least two timed calls come to."""
+        deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+        return cls(
+            median=statistics.median(seconds), p10=deciles[0], p90=deciles[-1], repeats=len(seconds)
+        )
+
 
 def time_calls(
     function: Callable[..., object],
@@ -66,6 +108,7 @@ def time_calls(
     repeats: int = 20,
     min_seconds: float = 0.2,
     arguments: Iterable[tuple[Any, ...]] | None = None,
+    clock: Callable[[torch.device], Clock] | None = None,
 ) -> Timing:
     """Time calls of `function`, at least `repeats` of them and for at least `min_seconds`.
 
@@ -76,54 +119,76 @@ def time_calls(
         min_seconds: sum of the timed calls.
         arguments: endless; one tuple of arguments a call, made outside the timed part. None
             calls without any.
+        clock: what tells the time; None is the wall's for a CPU, the device's own for a GPU.
 
     Raises:
         FieldError: fewer than 2 repeats, or a negative warm-up or duration.
         WorkbenchError: a device whose clock is not known here.
     """
-    _check(repeats=(repeats, 2), warmup=(warmup, 0), min_seconds=(min_seconds, 0))
+    check_sizes(repeats=(repeats, 2), warmup=(warmup, 0), min_seconds=(min_seconds, 0))
     device = torch.device(device)
-    clocks = {"cpu": _time_on_cpu, "cuda": _time_on_cuda}
-    if device.type not in clocks:
-        raise WorkbenchError(f"cannot time on {device.type!r}: use {' or '.join(clocks)}")
+    ticking = (clock or clock_of)(device)
     supply = itertools.repeat(()) if arguments is None else iter(arguments)
     for values in itertools.islice(supply, warmup):
         function(*values)
     seconds: list[float] = []
-    with _no_garbage_collection():
+    with no_garbage_collection():
         while len(seconds) < repeats or sum(seconds) < min_seconds:
-            seconds += clocks[device.type](function, itertools.islice(supply, repeats), device)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return Timing(
-        median=statistics.median(seconds), p10=deciles[0], p90=deciles[-1], repeats=len(seconds)
-    )
+            for values in itertools.islice(supply, repeats):
+                ticking.mark()
+                function(*values)
+                ticking.mark()
+            seconds += ticking.read()[::2]
+    return Timing.of(seconds)
 
 
-def _time_on_cpu(
-    function: Callable[..., object], arguments: Iterator[tuple[Any, ...]], device: torch.device
-) -> list[float]:
-    seconds = []
-    for values in arguments:
-        start = time.perf_counter()
-        function(*values)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+class Clock:
+    """Marks moments; `read` gives the seconds from each mark to the next, and forgets them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        seconds = [end - start for start, end in itertools.pairwise(self.marks)]
+        self.marks = []
+        return seconds
 
 
-def _time_on_cuda(
-    function: Callable[..., object], arguments: Iterator[tuple[Any, ...]], device: torch.device
-) -> list[float]:
-    events = []
-    with torch.cuda.device(device):
-        for values in arguments:
-            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
-            function(*values)
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1000 for start, end in events]
+class ProcessorClock(Clock):
+    """CPU seconds of this process: what others take of a busy machine is not in them.
+
+    For one thread only, and never to be compared with the wall's seconds.
+    """
+
+    def mark(self) -> None:
+        self.marks.append(time.process_time())
+
+
+class _DeviceClock(Clock):
+    """Events in the queue of a CUDA device: reading waits for them, marking does not."""
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        self.marks.append(event)
+
+    def read(self) -> list[float]:
+        torch.cuda.synchronize(self.device)
+        pairs = itertools.pairwise(self.marks)
+        seconds = [start.elapsed_time(end) / 1000 for start, end in pairs]
+        self.marks = []
+        return seconds
+
+
+def clock_of(device: torch.device) -> Clock:
+    clocks = {"cpu": Clock, "cuda": _DeviceClock}
+    if device.type not in clocks:
+        raise WorkbenchError(f"cannot time on {device.type!r}: use {' or '.join(clocks)}")
+    return clocks[device.type](device)
 
 
 def decode_time(
@@ -135,37 +200,42 @@ def decode_time(
     seed: int = 0,
     warmup: int = 5,
     min_seconds: float = 0.2,
+    stepper: Stepper = eager,
+    clock: Callable[[torch.device], Clock] | None = None,
 ) -> Timing:
     """Seconds a decode step: one more token for each of `batch_size` sequences.
 
     The states are filled by a prefill of `context` random tokens; then single steps are timed,
     sampling not included. After `tokens` steps the filled states are restored, so that the
     context stays between `context` and `context + tokens` however long the measuring takes (the
-    states are held twice for that).
+    states are held twice for that). `stepper` and `clock` say how steps run and are timed.
 
     Raises:
         FieldError: a size below 1.
     """
-    _check(batch_size=(batch_size, 1), context=(context, 1), tokens=(tokens, 1))
-    with _undisturbed(model):
+    check_sizes(batch_size=(batch_size, 1), context=(context, 1), tokens=(tokens, 1))
+    with undisturbed(model):
         filled = model.init_state(batch_size, context + tokens)
-        model.prefill(_random_tokens(model, (batch_size, context), seed), filled)
-        next_SB = _random_tokens(model, (tokens, batch_size), seed + 1)
+        model.prefill(random_tokens(model, (batch_size, context), seed), filled)
+        next_SB = random_tokens(model, (tokens, batch_size), seed + 1)
+        states = copy.deepcopy(filled)
         return time_calls(
-            model.step,
+            stepper(model, states, batch_size),
             device=model.device,
             warmup=warmup,
             min_seconds=min_seconds,
-            arguments=_steps(next_SB, filled),
+            arguments=_steps(next_SB, states, filled),
+            clock=clock,
         )
 
 
-def _steps(next_SB: Tensor, filled: list[State]) -> Iterator[tuple[Tensor, list[State]]]:
-    """Arguments of `model.step`, for ever: all steps from a copy of `filled`, then from another."""
+def _steps(next_SB: Tensor, states: list[State], filled: list[State]) -> Iterator[tuple[Tensor]]:
+    """Arguments of a step, for ever; after the last of them all starts again from `filled`."""
     while True:
-        states = copy.deepcopy(filled)
+        for state, before in zip(states, filled, strict=True):
+            state.restore(before)
         for tokens_B in next_SB:
-            yield tokens_B, states
+            yield (tokens_B,)
 
 
 def prefill_time(
@@ -177,6 +247,7 @@ def prefill_time(
     warmup: int = 2,
     repeats: int = 5,
     min_seconds: float = 0.2,
+    clock: Callable[[torch.device], Clock] | None = None,
 ) -> Timing:
     """Seconds to take in prompts of `length` random tokens and score the token after them.
 
@@ -185,9 +256,9 @@ def prefill_time(
     Raises:
         FieldError: a size below 1.
     """
-    _check(batch_size=(batch_size, 1), length=(length, 1))
-    with _undisturbed(model):
-        prompt_BT = _random_tokens(model, (batch_size, length), seed)
+    check_sizes(batch_size=(batch_size, 1), length=(length, 1))
+    with undisturbed(model):
+        prompt_BT = random_tokens(model, (batch_size, length), seed)
         return time_calls(
             model.prefill,
             device=model.device,
@@ -197,13 +268,57 @@ def prefill_time(
             arguments=(
                 (prompt_BT, model.init_state(batch_size, length)) for _ in itertools.count()
             ),
+            clock=clock,
         )
 
 
-def peak_memory(function: Callable[[], object], device: torch.device | str) -> int:
-    """Bytes of the device's memory that tensors held at the worst moment of one call.
+def first_token_time(
+    model: HybridLM,
+    batch_size: int,
+    length: int,
+    *,
+    sampling: SamplingConfig = GREEDY,
+    seed: int = 0,
+    warmup: int = 2,
+    repeats: int = 5,
+    min_seconds: float = 0.2,
+) -> Timing:
+    """Seconds to the first token (TTFT): prompts of `length` random tokens in, a token drawn.
 
-    What was allocated before the call counts too.
+    As `prefill_time`, and sampling; the token stays on the device.
+
+    Raises:
+        FieldError: a size below 1.
+    """
+    check_sizes(batch_size=(batch_size, 1), length=(length, 1))
+    with undisturbed(model):
+        prompt_BT = random_tokens(model, (batch_size, length), seed)
+        generator = torch.Generator(model.device).manual_seed(seed)
+        return time_calls(
+            lambda states: sample(model.prefill(prompt_BT, states), sampling, generator),
+            device=model.device,
+            warmup=warmup,
+            repeats=repeats,
+            min_seconds=min_seconds,
+            arguments=((model.init_state(batch_size, length),) for _ in itertools.count()),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPeak:
+    """Bytes of a device's memory at the worst moment.
+
+    Attributes:
+        allocated: held by tensors, those that were there before included.
+        reserved: taken from the device by torch's allocator: what other programs cannot have.
+    """
+
+    allocated: int
+    reserved: int
+
+
+def memory_peak(function: Callable[[], object], device: torch.device | str) -> MemoryPeak:
+    """Peak memory of one call; what the allocator held idle before is given back first.
 
     Raises:
         WorkbenchError: not a CUDA device. A CPU has no such counter: a process's resident set
@@ -216,26 +331,35 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
             "tensors. Measure on 'cuda', or take the exact weights and state bytes instead."
         )
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     function()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return MemoryPeak(
+        allocated=torch.cuda.max_memory_allocated(device),
+        reserved=torch.cuda.max_memory_reserved(device),
+    )
 
 
-def _check(**limits: tuple[float, float]) -> None:
+def peak_memory(function: Callable[[], object], device: torch.device | str) -> int:
+    """`memory_peak(...).allocated`: bytes that tensors held at the worst moment of one call."""
+    return memory_peak(function, device).allocated
+
+
+def check_sizes(**limits: tuple[float, float]) -> None:
     for name, (value, least) in limits.items():
         if value < least:
             raise FieldError(name, f"must be at least {least}, got {value}")
 
 
-def _random_tokens(model: HybridLM, shape: tuple[int, ...], seed: int) -> Tensor:
+def random_tokens(model: HybridLM, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.layout.vocab_size, shape, generator=generator)
     return tokens.to(model.device)
 
 
 @contextmanager
-def _undisturbed(model: HybridLM) -> Iterator[None]:
+def undisturbed(model: HybridLM) -> Iterator[None]:
     """Inference on `model`; every module's training flag is as before afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -248,7 +372,7 @@ def _undisturbed(model: HybridLM) -> Iterator[None]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -76,6 +76,7 @@ class Subject:
         data: None where the study trains nothing.
         batch_size, length: of evaluation batches.
         extras: figures that a metric adds to the record beside its own (spread, say).
+        notes: words that it adds: how the figure was had (`steps="cuda graph"`, say).
     """
 
     layout: Layout
@@ -86,6 +87,7 @@ class Subject:
     batch_size: int = 8
     length: int = 256
     extras: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def built(self) -> HybridLM:

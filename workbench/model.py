@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from workbench.errors import FieldError, WorkbenchError
 from workbench.layer import PLAIN, Context, Layer, State
 from workbench.layout import Layout
+from workbench.linear_cross_entropy import linear_cross_entropy
 
 IGNORE = -100  # target id without a loss, as in torch and transformers
 
@@ -79,6 +81,7 @@ class HybridLM(nn.Module):
 
     Attributes:
         sources: for each block the earlier one that it builds on, or None.
+        checkpointed: whether training keeps each block's input alone and computes the rest again.
 
     Raises:
         FieldError: a block's source is missing or does not fit.
@@ -92,6 +95,7 @@ class HybridLM(nn.Module):
         self.norm_f = make_norm(layout, **factory)
         self.lm_head = nn.Linear(layout.d_model, layout.vocab_size, bias=False, **factory)
         self.sources = sources_of(layout, [type(layer) for layer in layers])
+        self.checkpointed = False
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -183,7 +187,11 @@ class HybridLM(nn.Module):
         """From the embedded tokens to the residual stream after the last block, `[B, T, D]`."""
         contexts = self._contexts(dataclasses.replace(context, embedding_BTD=x_BTD))
         for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, next(contexts), None if states is None else states[index])
+            arguments = x_BTD, next(contexts), None if states is None else states[index]
+            if self.checkpointed and self.training and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BTD = block(*arguments)
         return x_BTD
 
     def step_blocks(self, x_BD: Tensor, states: Sequence[State]) -> Tensor:
@@ -243,6 +251,15 @@ class HybridLM(nn.Module):
         Args:
             reduction: `"mean"` a target, or `"sum"`.
         """
+        if inputs_BT.is_cuda and type(self.lm_head) is nn.Linear:
+            return linear_cross_entropy(
+                self.hidden(inputs_BT, context).flatten(0, 1),
+                self.lm_head.weight,
+                targets_BT.flatten(),
+                scaling=self.layout.logits_scaling,
+                ignore_index=IGNORE,
+                reduction=reduction,
+            )
         logits_BTV = self(inputs_BT, context)
         return F.cross_entropy(
             logits_BTV.flatten(0, 1).float(),

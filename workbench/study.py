@@ -47,7 +47,7 @@ class Reporter:
         """A trial passed the static stage and goes to the executor."""
 
     def trial_phase(self, number: int, phase: str) -> None:
-        """A trial goes on to `building`, `measuring`, `training` or `validating`."""
+        """A trial goes on to `phase`, one of `workbench.trial.PHASES`; one may come again."""
 
     def trial_progress(self, number: int, step: int, steps: int, loss: float) -> None:
         """Training has done `step` of `steps`, at a loss in nats a token."""
@@ -229,6 +229,8 @@ class _Runner:
             verdict, stop = Verdict(outcome="interrupted", reason="stopped by the user"), error
         except WorkbenchError as error:
             verdict, stop = Verdict(outcome="interrupted", reason=str(error)), error
+        if verdict.outcome == "infeasible" and max(verdict.constraints.values(), default=0.0) <= 0:
+            verdict.constraints[UNBUILDABLE] = 1.0
         record["seconds"] = round(time.monotonic() - clock, 3)
         done = self.ledger.finish(record, verdict)
         if done.outcome == "infeasible":
@@ -260,20 +262,14 @@ class _Runner:
     def _told(self, number: int, pattern: str) -> Emit:
         """Tells the reporter of a trial's phases; returns what takes the worker's messages."""
         steps = self.place.training.steps
-        measured = any(metric.stage == "measured" for metric in self.place.metrics.values())
         self.reporter.trial_started(number, pattern)
-        self.reporter.trial_phase(number, "measuring" if measured else "building")
-        training = False
 
         def emit(event: dict[str, Any]) -> None:
-            nonlocal training
-            if not training:
-                training = True
-                self.reporter.trial_phase(number, "training")
-            step = round(event["progress"] * steps)
-            self.reporter.trial_progress(number, step, steps, event["loss"])
-            if step == steps:
-                self.reporter.trial_phase(number, "validating")
+            if "phase" in event:
+                self.reporter.trial_phase(number, event["phase"])
+            else:
+                step = round(event["progress"] * steps)
+                self.reporter.trial_progress(number, step, steps, event["loss"])
 
         return emit
 
@@ -287,10 +283,7 @@ class _Runner:
         except (StorageInternalError, SQLAlchemyError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a policy or layer of a plugin may raise anything
-            verdict = verdict_of(error, folder)
-            if verdict.outcome == "infeasible":
-                verdict.constraints[UNBUILDABLE] = 1.0
-            return None, verdict
+            return None, verdict_of(error, folder)
         finally:
             record["params"] = dict(trial.params)
         record["pattern"] = self.place.builder.pattern(layout)

@@ -43,15 +43,21 @@ class BudgetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """The `[runtime]` table: where a study runs."""
+    """The `[runtime]` table: where a study runs, and on whose kernels (`workbench.kernels`)."""
 
     device: Annotated[str, "auto, cpu, cuda or cuda:N"] = "auto"
     threads: Annotated[int | None, "CPU threads of a worker; all cores by default"] = None
     executor: Annotated[str, "process: a worker process; inline: this process (to debug)"] = (
         "process"
     )
+    backends: Annotated[dict[str, str], "operation = backend, on a CUDA device"] = (
+        dataclasses.field(default_factory=dict)
+    )
 
     def __post_init__(self) -> None:
+        for name, backend in self.backends.items():
+            if not isinstance(backend, str):
+                raise FieldError(f"backends.{name}", f"expected a backend's name, got {backend!r}")
         if self.executor not in ("process", "inline"):
             raise UnknownNameError("executor", self.executor, ("process", "inline"))
         if self.threads is not None and self.threads < 1:
@@ -214,6 +220,8 @@ def _table(kind: Any, data: Any, where: str) -> Any:
     try:
         if kind is SpaceConfig:
             return _space(data, declared)
+        if kind is RuntimeConfig:
+            return _runtime(data)
         return configs.from_dict(kind, data)
     except WorkbenchError as error:
         raise error.within(where) from None
@@ -234,6 +242,15 @@ def _space(data: Mapping[str, Any], declared: Mapping[str, configs.Field]) -> Sp
         if name not in declared:
             raise UnknownNameError("field", name, declared)
     return SpaceConfig(**values)
+
+
+def _runtime(data: Mapping[str, Any]) -> RuntimeConfig:
+    values = dict(data)
+    backends = values.pop("backends", {})
+    if not isinstance(backends, Mapping):
+        raise FieldError("backends", f"expected a table, operation = backend, got {backends!r}")
+    runtime: RuntimeConfig = configs.from_dict(RuntimeConfig, values)
+    return dataclasses.replace(runtime, backends=dict(backends))
 
 
 def _bounds(name: str, data: Any) -> Bounds:

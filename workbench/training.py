@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from workbench.config import Range
+from workbench.batches import upcoming_batches
 from workbench.data import DataSource
-from workbench.errors import FieldError, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.files import replacing
 from workbench.model import HybridLM
+from workbench.optimizers import make_optimizers
+from workbench.train_step import StepOptions, TrainStep
+from workbench.training_config import TrainingConfig
+
+__all__ = [
+    "DivergedError",
+    "TrainingConfig",
+    "TrainingResult",
+    "load_weights",
+    "make_optimizers",
+    "save_weights",
+    "train",
+]
 
 Progress = Callable[[dict[str, float]], None]
 
@@ -29,109 +43,18 @@ class DivergedError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The `[training]` table of a study.
-
-    Muon takes the hidden matrices and AdamW everything else (embedding, head, norms, conv, A_log,
-    D, dt_bias), both with the one `lr`: Muon's updates are scaled to AdamW's root mean square.
-    """
-
-    tokens: Annotated[int, Range(1, 10**12), "training tokens; every trial gets the same"]
-    batch_size: Annotated[int, Range(1, 4096), "sequences a step"] = 8
-    seq_len: Annotated[int, Range(1, 2**20), "tokens a sequence"] = 256
-    optimizer: Annotated[Literal["muon", "adamw"], "of hidden matrices"] = "muon"
-    lr: Annotated[float, Range(0.0, 10.0), "peak learning rate"] = 3e-3
-    weight_decay: Annotated[float, Range(0.0, 1.0), "decoupled, on matrices only"] = 0.1
-    beta1: Annotated[float, Range(0.0, 1.0), "AdamW's first moment"] = 0.9
-    beta2: Annotated[float, Range(0.0, 1.0), "AdamW's second moment"] = 0.95
-    warmup: Annotated[float, Range(0.0, 1.0), "share of the steps with rising lr"] = 0.05
-    cooldown: Annotated[float, Range(0.0, 1.0), "share of the steps with falling lr"] = 0.5
-    grad_clip: Annotated[float, Range(0.0, 1e6), "largest gradient norm; 0 does not clip"] = 1.0
-    precision: Annotated[Literal["float32", "bfloat16"], "of autocast; weights stay float32"] = (
-        "float32"
-    )
-    record_every: Annotated[int, Range(1, 10**6), "steps between points of the curve"] = 1
-    checkpoint_seconds: Annotated[float, Range(0.0, 1e6), "between checkpoints; 0: none"] = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "seq_len", "record_every"):
-            if getattr(self, name) < 1:
-                raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "grad_clip", "checkpoint_seconds"):
-            if getattr(self, name) < 0:
-                raise FieldError(name, f"must not be negative, got {getattr(self, name)}")
-        if self.lr == 0:
-            raise FieldError("lr", "must be above 0")
-        for name in ("warmup", "cooldown"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(name, f"is a share between 0 and 1, got {getattr(self, name)}")
-        if self.warmup + self.cooldown > 1:
-            raise FieldError("cooldown", "warmup and cooldown together exceed the whole run")
-        if self.tokens < self.batch_size * self.seq_len:
-            raise FieldError(
-                "tokens",
-                f"{self.tokens} are fewer than one step's {self.batch_size * self.seq_len}: "
-                "raise tokens, or lower batch_size or seq_len",
-            )
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that the token budget pays for."""
-        return self.tokens // (self.batch_size * self.seq_len)
-
-    def lr_at(self, step: int) -> float:
-        """Trapezoidal schedule: linear up, flat, linear down to 0."""
-        warm, cool = self.warmup * self.steps, self.cooldown * self.steps
-        rising = (step + 1) / warm if step + 1 < warm else 1.0
-        falling = (self.steps - step) / cool if self.steps - step < cool else 1.0
-        return self.lr * min(rising, falling)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingResult:
     """What a run left: its curve (step, tokens, seconds, loss in nats, lr) and its length.
 
-    The loss is the cross entropy alone, without what layers add (`Context.add_loss`).
+    The loss is the cross entropy alone, without what layers add (`Context.add_loss`). `mode` and
+    `note` say how the last step ran (`TrainStep`).
     """
 
     curve: list[dict[str, float]]
     steps: int
     seconds: float
-
-
-def make_optimizers(model: HybridLM, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run, every parameter in exactly one of them."""
-    matrices = {
-        id(module.weight): module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not model.lm_head
-    }
-    outside = {id(module.weight): module.weight for module in (model.embedding, model.lm_head)}
-    plain = [p for p in model.parameters() if id(p) not in matrices and id(p) not in outside]
-    hidden = list(matrices.values()) if config.optimizer == "muon" else []
-    decayed = [*outside.values(), *(matrices.values() if not hidden else ())]
-    fused = model.device.type == "cuda"
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            fused=fused,
-        )
-    ]
-    if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    return optimizers
+    mode: str
+    note: str
 
 
 def train(
@@ -166,7 +89,13 @@ def train(
             run.save(checkpoint)
             saved = time.monotonic()
     model.eval()
-    return TrainingResult(curve=run.curve, steps=run.step, seconds=run.seconds)
+    return TrainingResult(
+        curve=run.curve,
+        steps=run.step,
+        seconds=run.seconds,
+        mode=run.train_step.mode,
+        note=run.train_step.note,
+    )
 
 
 class _Run:
@@ -177,48 +106,42 @@ class _Run:
         self.data = data
         self.config = config
         self.optimizers = make_optimizers(model, config)
+        on_cuda = model.device.type == "cuda"
+        options = StepOptions(
+            half=config.precision == "bfloat16",
+            grad_clip=config.grad_clip,
+            compiled=on_cuda and config.compile == "auto",
+            captured=on_cuda and config.cuda_graph == "auto",
+            checkpointed=config.checkpoint_blocks,
+        )
+        self.train_step = TrainStep(model, self.optimizers, options)
         self.step = 0
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
 
     def steps(self) -> Iterator[dict[str, float] | None]:
         """Run to the end, a step an iteration; yields the point of the curve where one is due."""
-        config = self.config
-        tokens = config.batch_size * config.seq_len
-        while self.step < config.steps:
-            started = time.perf_counter()
-            lr = config.lr_at(self.step)
-            loss = self._advance(lr)
-            self.step += 1
-            point = None
-            if self.step % config.record_every == 0 or self.step == config.steps:
-                value = float(loss)
-                if not math.isfinite(value):
-                    raise DivergedError(f"loss is {value} at step {self.step}")
-                point = {"step": self.step, "tokens": self.step * tokens, "loss": value, "lr": lr}
-            self.seconds += time.perf_counter() - started
-            if point is not None:
-                point["seconds"] = self.seconds
-                self.curve.append(point)
-            yield point
-
-    def _advance(self, lr: float) -> Tensor:
         config, device = self.config, self.model.device
-        batch = self.data.train_batch(self.step, config.batch_size, config.seq_len).to(device)
-        half = config.precision == "bfloat16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            added: list[Tensor] = []
-            context = dataclasses.replace(batch.context, losses=added)
-            loss = self.model.loss(batch.inputs_BT, batch.targets_BT, context)
-        sum(added, loss).backward()  # type: ignore[no-untyped-call]
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
+        tokens = config.batch_size * config.seq_len
+        batches = upcoming_batches(self.data, config, self.step, pin=device.type == "cuda")
+        with self.train_step.running(), contextlib.closing(batches):
+            for batch in batches:
+                started = time.perf_counter()
+                lr = config.lr_at(self.step)
+                loss = self.train_step(batch, lr)
+                self.step += 1
+                point = None
+                if self.step % config.record_every == 0 or self.step == config.steps:
+                    value = float(loss)
+                    if not math.isfinite(value):
+                        raise DivergedError(f"loss is {value} at step {self.step}")
+                    done = {"step": self.step, "tokens": self.step * tokens}
+                    point = {**done, "loss": value, "lr": lr}
+                self.seconds += time.perf_counter() - started
+                if point is not None:
+                    point["seconds"] = self.seconds
+                    self.curve.append(point)
+                yield point
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ import numpy
 import torch
 
 from workbench import config as configs
-from workbench import sanity, stray_output
+from workbench import kernels, sanity, stray_output
 from workbench.builder import Builder
 from workbench.data import DataSource
 from workbench.environment import environment
@@ -31,21 +31,28 @@ from workbench.guard import Guard, describe_changes, guarded
 from workbench.layout import Layout, canonical_json
 from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
+from workbench.quantizer import QuantizationReport
 from workbench.study_config import StudyConfig
 from workbench.training import DivergedError, TrainingConfig, load_weights, save_weights, train
 from workbench.verdict import InfeasibleError, Recorded, Timed, Verdict
 
 Emit = Callable[[dict[str, Any]], None]
+PHASES = ("building", "measuring", "training", "evaluating", "quantizing")
 
 
 class Workplace:
-    """What all trials of a study share in one process: metrics, data, device.
+    """What all trials of a study share in one process: metrics, data, device, kernels.
+
+    The study's `[runtime.backends]` become the process's (`kernels.prefer`).
 
     Raises:
         UnknownNameError, FieldError: a name or field of the study that does not exist.
+        WorkbenchError: kernels that the study demands do not work here.
     """
 
     def __init__(self, config: StudyConfig, builder: Builder, device: str, cache_dir: Path) -> None:
+        kernels.prefer(config.runtime.backends)
+        kernels.require(device)
         self.config = config
         self.builder = builder
         self.device = device
@@ -144,24 +151,25 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
         layout: resolved.
         folder: the trial's; a `checkpoint.safetensors` in it is continued from, and left there
             until the trial's end is recorded.
-        emit: called with progress, as JSON data.
+        emit: called with progress, as JSON data: `phase` (one of `PHASES`), or `progress` (share of
+            the training steps done) with `loss` (nats a token).
     """
     verdict = Verdict()
     verdict.details["environment"] = environment(place.device)
-    verdict.details["backend"] = {
-        block.layer: str(place.builder.layers[block.layer].backend) for block in layout.blocks
-    }
-    with _Guarded(verdict, place, layout), Recorded(verdict, folder):
+    with _Guarded(verdict, place, layout), Recorded(verdict, folder, built=True):
         _seed(place.config.seed)
-        _judge_measured(place, layout, verdict)
+        _judge_measured(place, layout, verdict, emit)
         model = _train(place, layout, folder, verdict, emit)
         trained = place.subject(layout, model)
+        emit({"phase": "evaluating"})
         with Timed(verdict, "trained"):
             # Once more: a layer may begin by ignoring what it will learn to look at.
             sanity.check_causality(model, place.training.seq_len)
             _measure(place, "trained", trained, verdict)
         with Timed(verdict, "quantized"):
-            changed = _quantize(place.builder, model, verdict)
+            changed = _quantize(place.builder, model, verdict, emit)
+            if changed:
+                emit({"phase": "evaluating"})
             # Nothing quantized: the same weights, so the same pass over the validation part.
             stored = place.subject(layout, model) if changed else trained
             _measure(place, "quantized", stored, verdict)
@@ -175,14 +183,17 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict) -> None:
+def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict, emit: Emit) -> None:
     """Speed is measured on the model as it will be stored: quantized, weights still random."""
     if not any(metric.stage == "measured" for metric in place.metrics.values()):
         return
+    emit({"phase": "building"})
     with Timed(verdict, "measured"):
         model = place.builder.build(layout, device=place.device, seed=place.config.seed).eval()
         sanity.check_outputs(model, place.training.seq_len)
-        place.builder.quantize(model)
+        verdict.details["measured_backend"] = backends_of(model)
+        _quantize_blocks(place.builder, model)
+        emit({"phase": "measuring"})
         _measure(place, "measured", place.subject(layout, model), verdict)
         del model
         gc.collect()
@@ -191,11 +202,15 @@ def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict) -> None:
 def _train(
     place: Workplace, layout: Layout, folder: Path, verdict: Verdict, emit: Emit
 ) -> HybridLM:
+    emit({"phase": "building"})
     model = place.builder.build(layout, device=place.device, seed=place.config.seed)
     if "measured" not in verdict.stage_seconds:  # nothing has looked at it yet
         sanity.check_outputs(model, place.training.seq_len)
+    half = place.training.precision == "bfloat16"
+    verdict.details["backend"] = backends_of(model, half=half)
     checkpoint = folder / "checkpoint.safetensors"
     curve = folder / "curve.jsonl"
+    emit({"phase": "training"})
     with Timed(verdict, "training"):
         torch.manual_seed(place.config.seed)
         with curve.open("w", encoding="utf-8") as lines:
@@ -214,8 +229,28 @@ def _train(
         # A run continued from a checkpoint has points that this process never saw.
         with replacing(curve) as temporary:
             temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
+        verdict.details["training"] = {"mode": result.mode, "note": result.note}
         save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
     return model
+
+
+def backends_of(model: HybridLM, *, half: bool = False) -> dict[str, dict[str, str]]:
+    """What each layer type's operations run on: layer → operation → backend (`Layer.backends`).
+
+    Args:
+        half: whether activations are bfloat16 (autocast), not of the weights' dtype.
+
+    Returns:
+        Blocks of a type that differ (in their sizes, say) are joined by commas.
+    """
+    dtype = torch.bfloat16 if half else model.embedding.weight.dtype
+    found: dict[str, dict[str, str]] = {}
+    for block, layer in zip(model.layout.blocks, model.layers, strict=True):
+        known = found.setdefault(block.layer, {})
+        for operation, backend in layer.backends(dtype).items():
+            seen = known[operation].split(", ") if operation in known else []
+            known[operation] = ", ".join(dict.fromkeys([*seen, backend]))
+    return found
 
 
 def _culprit(place: Workplace, model: HybridLM) -> str:
@@ -226,13 +261,23 @@ def _culprit(place: Workplace, model: HybridLM) -> str:
     return ""
 
 
-def _quantize(builder: Builder, model: HybridLM, verdict: Verdict) -> bool:
+def _quantize(builder: Builder, model: HybridLM, verdict: Verdict, emit: Emit) -> bool:
     """Store the weights as the layout says; False if it says to leave them all as they are."""
-    reports = builder.quantize(model)
+    if any(block.quantizer is not None for block in model.layout.blocks):
+        emit({"phase": "quantizing"})
+    reports = _quantize_blocks(builder, model)
     verdict.details["quantization"] = [
         None if report is None else dataclasses.asdict(report) for report in reports
     ]
     return any(report is not None for report in reports)
+
+
+def _quantize_blocks(builder: Builder, model: HybridLM) -> list[QuantizationReport | None]:
+    """`Builder.quantize`, where a quantizer that refuses a block refuses the layout."""
+    try:
+        return builder.quantize(model)
+    except FieldError as error:
+        raise InfeasibleError(str(error)) from error
 
 
 def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict) -> None:
@@ -241,7 +286,7 @@ def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict)
     for name, metric in place.metrics.items():
         if metric.stage != stage:
             continue
-        subject.extras = {}
+        subject.extras, subject.notes = {}, {}
         value = float(metric.measure(subject))
         if not math.isfinite(value):
             raise DivergedError(f"{name} is {value}")
@@ -249,6 +294,7 @@ def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict)
         for key, extra in subject.extras.items():
             finite = float(extra) if math.isfinite(float(extra)) else None
             verdict.extras[f"{name}.{key}"] = finite
+        verdict.notes |= {f"{name}.{key}": str(note) for key, note in subject.notes.items()}
         if name in place.config.constraints:
             bounds = place.config.constraints[name]
             verdict.constraints[name] = bounds.violation(value)

@@ -19,7 +19,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InfeasibleError(Exception):
-    """A constraint is violated: the trial goes no further. Carries the violated bounds' text."""
+    """The trial goes no further: a constraint is violated, or a quantizer refuses a block."""
 
 
 @dataclasses.dataclass
@@ -30,15 +30,17 @@ class Verdict:
         outcome: a key of `records.OUTCOMES`.
         reason: why, for people.
         metrics, extras: figures by name; an extra that is not finite is None.
+        notes: words beside the figures, by name.
         constraints: violation by metric name; above 0 is violated.
         stage_seconds: wall seconds by stage.
-        details: further facts (quantizer reports, environment).
+        details: further facts (quantizer reports, environment, kernels, how training ran).
     """
 
     outcome: str = "complete"
     reason: str = ""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     extras: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
     constraints: dict[str, float] = dataclasses.field(default_factory=dict)
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -49,7 +51,7 @@ class Verdict:
     def update(self, other: Verdict) -> None:
         """Take over what a later stage found."""
         self.outcome, self.reason = other.outcome, other.reason
-        for name in ("metrics", "extras", "constraints", "stage_seconds", "details"):
+        for name in ("metrics", "extras", "notes", "constraints", "stage_seconds", "details"):
             getattr(self, name).update(getattr(other, name))
 
 
@@ -68,10 +70,14 @@ class Timed:
 
 
 class Recorded:
-    """Turns whatever a block raises, sys.exit too, but for an interrupt, into the outcome."""
+    """Turns whatever a block raises, sys.exit too, but for an interrupt, into the outcome.
 
-    def __init__(self, verdict: Verdict, folder: Path) -> None:
-        self.verdict, self.folder = verdict, folder
+    Args:
+        folder, built: as `verdict_of` takes them.
+    """
+
+    def __init__(self, verdict: Verdict, folder: Path, *, built: bool = False) -> None:
+        self.verdict, self.folder, self.built = verdict, folder, built
 
     def __enter__(self) -> None:
         pass
@@ -79,28 +85,34 @@ class Recorded:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None or isinstance(error, KeyboardInterrupt):
             return False
-        found = verdict_of(error, self.folder)
+        found = verdict_of(error, self.folder, built=self.built)
         self.verdict.outcome, self.verdict.reason = found.outcome, found.reason
         return True
 
 
-def verdict_of(error: BaseException, folder: Path) -> Verdict:
-    """The verdict that an exception stands for; an unexpected one leaves its traceback behind.
+def verdict_of(error: BaseException, folder: Path, *, built: bool = False) -> Verdict:
+    """The verdict that an exception stands for; an error leaves its traceback behind.
 
     Args:
         folder: of the trial; the traceback is added to its `log.txt`.
+        built: as `classify` takes it.
     """
-    outcome, reason = classify(error)
-    if outcome == "error" and not isinstance(error, WorkbenchError):
+    outcome, reason = classify(error, built=built)
+    if outcome == "error":
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             traceback.print_exception(error, file=log)
     return Verdict(outcome=outcome, reason=reason)
 
 
-def classify(error: BaseException) -> tuple[str, str]:
-    """The outcome that an exception stands for, and its reason in words."""
+def classify(error: BaseException, *, built: bool = False) -> tuple[str, str]:
+    """The outcome that an exception stands for, and its reason in words.
+
+    Args:
+        built: the layout has passed every check, so that a FieldError no longer says that it
+            cannot be built: a layer, metric or data source fails at its work.
+    """
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    if isinstance(error, InfeasibleError | FieldError):
+    if isinstance(error, InfeasibleError) or (isinstance(error, FieldError) and not built):
         return "infeasible", str(error)
     if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
         return "interrupted", str(error)

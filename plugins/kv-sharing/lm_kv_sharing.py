@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,9 +51,36 @@ class KVSharingConfig:
 
 @dataclasses.dataclass
 class Position(State):
-    """Where the sequence stands; keys and values are in the other block's state."""
+    """Where the sequence stands; keys and values are in the other block's state.
+
+    Attributes:
+        length: tokens so far, padding included.
+        device: of the layer.
+        position: after `make_static`, the tokens so far, int64 on the device; `length` then stays
+            what it was.
+    """
 
     length: int = 0
+    device: torch.device | str | None = None
+    position: Tensor | None = None
+
+    def make_static(self) -> None:
+        self.position = torch.tensor(self.length, device=self.device)
+
+    def restore(self, before: Position) -> None:
+        position = self.position
+        super().restore(before)
+        if position is not None and before.position is None:
+            self.position = position.fill_(before.length)
+
+    def advance(self, num_tokens: int) -> int | Tensor:
+        """Where the next tokens start, as a number or a tensor; they count from now on."""
+        if self.position is not None:
+            start = self.position.clone()
+            self.position.add_(num_tokens)
+            return start
+        self.length += num_tokens
+        return self.length - num_tokens
 
 
 class KVSharingAttention(Layer):
@@ -114,7 +142,7 @@ class KVSharingAttention(Layer):
         )
 
     def init_state(self, batch_size: int, max_length: int, **factory: Any) -> Position:
-        return Position()
+        return Position(device=factory.get("device") or self.q_proj.weight.device)
 
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: Position | None = None
@@ -122,13 +150,11 @@ class KVSharingAttention(Layer):
         if context.source is None:
             raise ValueError("KVSharingAttention needs Context.source")
         q_BTHP = self.q_proj(x_BTD).unflatten(-1, (self.heads.queries, self.heads.dim))
+        start = 0 if state is None else state.advance(x_BTD.shape[1])
         if self.attention.position == "rope":
-            start = 0 if state is None else state.length
             channels = self.heads.rotary(self.attention)
             theta = self.attention.rope_theta
             q_BTHP = rotate(q_BTHP, *rotary_tables(start, x_BTD.shape[1], channels, theta, q_BTHP))
-        if state is not None:
-            state.length += x_BTD.shape[1]
         keys_BKSP, values_BKSP = context.source["keys"], context.source["values"]
         mask_BHTS = context.source["mask"]
         assert keys_BKSP is not None

@@ -96,6 +96,7 @@ class MixtureOfExperts(Layer):
     Config = MixtureOfExpertsConfig
     kind = "mlp"
     glyph = "E"
+    host_synchronized = True
     reference = (
         "arXiv:1701.06538; transformers MixtralSparseMoeBlock, JambaSparseMoeBlock, "
         "GraniteMoeHybridMoE, Qwen3NextSparseMoeBlock"

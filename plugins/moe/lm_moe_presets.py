@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any
 
 from workbench.hookspecs import Register, hookimpl
 from workbench.layout import Block, Layout
-from workbench.preset import Preset
+from workbench.preset import Preset, interleave, interspersed
 
 
 def jamba(
@@ -63,14 +62,15 @@ def jamba(
             "aux_loss_weight": 0.001,
         },
     )
-    blocks = []
-    for index in range(num_layers):
-        blocks.append(attention if index % attention_period == attention_offset else mamba)
-        blocks.append(experts if index % expert_period == expert_offset else mlp)
+    attentions = range(attention_offset, num_layers, attention_period)
+    sparse = range(expert_offset, num_layers, expert_period)
     return Layout(
         d_model=d_model,
         vocab_size=vocab_size,
-        blocks=tuple(blocks),
+        blocks=interleave(
+            interspersed(num_layers, mamba, attention, attentions),
+            interspersed(num_layers, mlp, experts, sparse),
+        ),
         tie_embeddings=False,
         norm_eps=norm_eps,
     )
@@ -105,17 +105,25 @@ def granite_moe_hybrid(
     chunk_size: int = 256,
 ) -> Layout:
     """Mamba-2, seldom attention without positions, experts and a shared expert after each; tied."""
-    mamba: dict[str, Any] = {"d_state": d_state, "headdim": mamba_headdim, "n_groups": 1}
-    attention: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    mixers = {
-        False: Block(
-            layer="mamba2", config={**mamba, "chunk_size": chunk_size, "norm_eps": norm_eps}
-        ),
-        True: Block(
-            layer="attention",
-            config={**attention, "position": "none", "scale": attention_multiplier},
-        ),
-    }
+    mamba = Block(
+        layer="mamba2",
+        config={
+            "d_state": d_state,
+            "headdim": mamba_headdim,
+            "n_groups": 1,
+            "chunk_size": chunk_size,
+            "norm_eps": norm_eps,
+        },
+    )
+    attention = Block(
+        layer="attention",
+        config={
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "position": "none",
+            "scale": attention_multiplier,
+        },
+    )
     experts = Block(
         layer="moe",
         config={
@@ -127,11 +135,11 @@ def granite_moe_hybrid(
             "aux_loss_weight": 0.001,
         },
     )
-    blocks = [(mixers[index in attention_layers], experts) for index in range(num_layers)]
+    mixers = interspersed(num_layers, mamba, attention, attention_layers)
     return Layout(
         d_model=d_model,
         vocab_size=vocab_size,
-        blocks=tuple(block for pair in blocks for block in pair),
+        blocks=interleave(mixers, experts),
         norm_eps=norm_eps,
         embedding_multiplier=embedding_multiplier,
         residual_multiplier=residual_multiplier,

@@ -186,6 +186,7 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.segments = tuple(zip(widths, multipliers, strict=True))
+        self.out_features = linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -306,6 +307,9 @@ class ParallelHybrid(Layer):
             self.attention.init_state(batch_size, max_length, **factory),
             self.ssm.init_state(batch_size, max_length, **factory),
         )
+
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        return self.attention.backends(dtype) | self.ssm.backends(dtype)
 
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: ParallelHybridState | None = None

@@ -191,6 +191,15 @@ def test_the_output_is_the_sum_of_the_built_in_layers() -> None:
     torch.testing.assert_close(layer(x_BTD), attention(x_BTD) + ssm(x_BTD))
 
 
+@each_option
+def test_it_says_what_both_branches_run_on(option: str) -> None:
+    layer = ParallelHybrid(D_MODEL, config(**OPTIONS[option]))
+    attention, ssm = (part.backends(torch.bfloat16) for part in (layer.attention, layer.ssm))
+    assert layer.backends(torch.bfloat16) == {**attention, **ssm}
+    assert attention
+    assert ssm
+
+
 def test_both_output_projections_are_scaled_with_depth(builder: Builder) -> None:
     """The spread of out_proj over that of other linears, on the half of each branch."""
     block = Block(layer="parallel-hybrid", config={"d_state": 16})

@@ -9,7 +9,6 @@ sources, loads the folder through `load` and reports its logits.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import json
@@ -18,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,19 @@ import pluggy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from workbench.builder import Builder
 from workbench.discovery import Plugins, Provenance
 from workbench.environment import package_versions
 from workbench.errors import WorkbenchError
-from workbench.exporter import Exporter, ExportReport
+from workbench.exporter import (
+    Exporter,
+    ExportReport,
+    refuse_unsaved_buffers,
+    save_tensors,
+    stored_tensors,
+)
+from workbench.files import new_folder, refuse_existing
 from workbench.hookspecs import Register, hookimpl
 from workbench.layout import Layout
 from workbench.model import HybridLM
@@ -59,13 +64,13 @@ class SafetensorsFile(Exporter):
         config: Any,
         metadata: dict[str, Any],
     ) -> ExportReport:
-        if out.exists() or out.is_symlink():
-            raise WorkbenchError(f"{out} is there already: name a new folder, or remove it first.")
+        refuse_existing(out)
         stored = copy.deepcopy(model).cpu().eval()
         builder.quantize(stored)
-        _refuse_unsaved_buffers(stored)
-        with _new_folder(out) as folder:
-            _write_weights(folder / WEIGHTS, stored)
+        refuse_unsaved_buffers(stored)
+        with new_folder(out) as folder:
+            marks = {"format": "pt", "layout": stored.layout.hash}
+            save_tensors(folder / WEIGHTS, stored_tensors(stored), marks)
             _write_facts(folder / FACTS, stored, builder, metadata)
             difference = prove(model, builder, folder)
         return ExportReport(path=out, files=(FACTS, WEIGHTS), max_difference=difference)
@@ -168,35 +173,6 @@ def _sources(registry: Registry[Any], layout: Layout) -> dict[str, list[str]]:
     return found
 
 
-def _refuse_unsaved_buffers(model: HybridLM) -> None:
-    for index, layer in enumerate(model.layers):
-        for path, module in layer.named_modules():
-            for name in module._non_persistent_buffers_set:
-                raise WorkbenchError(
-                    f"blocks[{index}] ({model.layout.blocks[index].layer}): buffer "
-                    f"{f'{path}.{name}'.lstrip('.')!r} is not saved with the weights: register it "
-                    "with persistent=True, or compute it in forward."
-                )
-
-
-def _write_weights(path: Path, model: HybridLM) -> None:
-    tied = model.tied
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
-        stored = tensor.detach().contiguous()
-        # Views of one storage, which the format does not know: each gets its own numbers.
-        storage = stored.untyped_storage().data_ptr()
-        tensors[name] = stored.clone() if storage in storages else stored
-        storages.add(storage)
-    try:
-        save_file(tensors, path, metadata={"format": "pt", "layout": model.layout.hash})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-
-
 def _write_facts(
     path: Path, model: HybridLM, builder: Builder, metadata: Mapping[str, Any]
 ) -> None:
@@ -237,23 +213,6 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise WorkbenchError(f"{path} is not of format {FORMAT}, which this plugin reads.")
     return facts
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary neighbour of `out`, which takes that name if the block ends well, else goes."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
-    except OSError as error:
-        raise WorkbenchError(
-            f"cannot write {out}: {error.strerror or error}. Nothing was kept; make room or "
-            "choose another place, and export again."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _answer(request: Mapping[str, Any]) -> None:

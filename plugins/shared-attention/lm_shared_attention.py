@@ -96,7 +96,7 @@ class AdaptedAttention(Attention):
         kv_width = self.heads.kv * self.heads.dim
         return self.heads.queries * self.heads.dim, kv_width, kv_width
 
-    def _project(self, x_BTC: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTC: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BTW, added_BTC = x_BTC.tensor_split((self.d_model,), dim=-1)
         qkv = [self.q_proj(x_BTW), self.k_proj(x_BTW), self.v_proj(x_BTW)]
         if added_BTC.shape[-1]:
@@ -201,6 +201,9 @@ class SharedAttention(Layer):
     def init_state(self, batch_size: int, max_length: int, **factory: Any) -> KVCache:
         return self.transformer.attention.init_state(batch_size, max_length, **factory)
 
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        return self.transformer.attention.backends(dtype)
+
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: KVCache | None = None
     ) -> Tensor:
@@ -280,6 +283,9 @@ class Zamba2(SharedAttention):
             super().init_state(batch_size, max_length, **factory),
             self.mamba.init_state(batch_size, max_length, **factory),
         )
+
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        return super().backends(dtype) | self.mamba.backends(dtype)
 
     def forward(  # type: ignore[override]
         self, x_BTD: Tensor, context: Context = PLAIN, state: Zamba2State | None = None

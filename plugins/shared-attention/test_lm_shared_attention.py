@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lm_shared_attention import SharedAttention, SharedAttentionConfig, Zamba2, Zamba2Config
 
 from workbench.testing import LayerContract
@@ -35,3 +36,13 @@ class TestZamba2(LayerContract):
 
     def earlier(self, config):
         return [(self.name, self.layer, config)]
+
+
+def test_they_say_what_their_parts_run_on() -> None:
+    zamba = Zamba2(32, Zamba2Config(num_heads=4, headdim=16))
+    attention = zamba.transformer.attention.backends(torch.bfloat16)
+    mamba = zamba.mamba.backends(torch.bfloat16)
+    assert zamba.backends(torch.bfloat16) == {**attention, **mamba}
+    assert SharedAttention.backends(zamba, torch.bfloat16) == attention
+    assert attention
+    assert mamba

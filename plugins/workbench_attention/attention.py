@@ -18,9 +18,16 @@ from torch.nn import functional as F
 
 from workbench.costs import Costs
 from workbench.errors import WorkbenchError
+from workbench.kernels import TORCH
 from workbench.layer import PLAIN, Context, Layer
 from workbench_attention.cache import KVCache
 from workbench_attention.config import AttentionConfig, Heads, check
+from workbench_attention.kernels import (
+    attention_backend,
+    cached_attention,
+    causal_attention,
+    step_backend,
+)
 from workbench_attention.masks import alibi_slopes, distances, visibility, with_alibi
 from workbench_attention.rope import rotary_tables, rotate
 
@@ -119,6 +126,13 @@ class Attention(Layer):
             max_length=None if is_ring else max_length,
         )
 
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        device_type = next(chain(self.parameters(), self.buffers())).device.type
+        return {
+            "attention": attention_backend(device_type, dtype, self.heads.dim),
+            "attention_step": step_backend(device_type, dtype, self.heads.dim),
+        }
+
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: KVCache | None = None
     ) -> Tensor:
@@ -136,13 +150,20 @@ class Attention(Layer):
         return self._output(y_BHTP)
 
     def step(self, x_BD: Tensor, state: KVCache, context: Context = PLAIN) -> Tensor:
-        state.reserve(1)
-        q_BH1P, k_BK1P, v_BK1P = self._project(x_BD[:, None], start=state.length)
+        if state.position is None:
+            state.reserve(1)
+        start = state.length if state.position is None else state.position
+        q_BH1P, k_BK1P, v_BK1P = self._project(x_BD[:, None], start)
+        if self._steps_by_kernel(q_BH1P, state, context):
+            tokens = (tensor.transpose(1, 2) for tensor in (q_BH1P, k_BK1P, v_BK1P))
+            caches = state.keys_BHLP, state.values_BHLP
+            y_B1HP = cached_attention(*tokens, *caches, state.position, self.scale)
+            state.position.add_(1)  # type: ignore[union-attr]
+            return self.o_proj(y_B1HP.reshape(x_BD.shape[0], -1))  # type: ignore[no-any-return]
         state.append(k_BK1P, v_BK1P)
         # The query heads of a group stand in for its queries: SDPA then reads each key once.
         q_BKGP = q_BH1P.reshape(q_BH1P.shape[0], self.heads.kv, -1, self.heads.dim)
-        k_BKSP = state.keys_BHLP[:, :, : state.filled].to(q_BKGP.dtype)
-        v_BKSP = state.values_BHLP[:, :, : state.filled].to(q_BKGP.dtype)
+        k_BKSP, v_BKSP = (tensor.to(q_BKGP.dtype) for tensor in state.remembered())
         mask_BKGS = self._step_mask(state, q_BKGP)
         if context.published is not None:
             # From key-value heads and their groups to query heads; a head dimension of 1 stays.
@@ -153,12 +174,24 @@ class Attention(Layer):
         )
         return self.o_proj(y_BKGP.reshape(x_BD.shape[0], -1))  # type: ignore[no-any-return]
 
-    def _project(self, x_BTD: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, H, T, P]`, keys and values `[B, K, T, P]` of the positions from `start`."""
+    def _steps_by_kernel(self, q_BH1P: Tensor, state: KVCache, context: Context) -> bool:
+        """Whether a kernel knows all that a step on a static state needs."""
+        if state.position is None or state.max_length is None or state.visible_BL is not None:
+            return False
+        if self.config.position == "alibi" or context.published is not None:
+            return False
+        is_same = state.keys_BHLP.dtype == q_BH1P.dtype
+        return is_same and step_backend(q_BH1P.device.type, q_BH1P.dtype, self.heads.dim) != TORCH
+
+    def _project(self, x_BTD: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, T, P]`, keys and values `[B, K, T, P]` of the positions from `start`.
+
+        `start` is a tensor where it is known on the device alone.
+        """
         return self._in_heads(self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD), start)
 
     def _in_heads(
-        self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, start: int
+        self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, start: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What was projected, split into heads, normed and turned; see `_project`."""
         split = (*q_BTC.shape[:2], -1, self.heads.dim)
@@ -186,40 +219,46 @@ class Attention(Layer):
             k_BKTP = torch.cat((past_k_BKSP.to(k_BKTP.dtype), k_BKTP), dim=2)
             v_BKTP = torch.cat((past_v_BKSP.to(v_BKTP.dtype), v_BKTP), dim=2)
         num_past = 0 if state is None else state.filled
-        mask_BHTS = None
-        if num_past or not self._is_plain(context, q_BHTP.shape[2]):
-            seen_B1TS = visibility(
-                q_BHTP.shape[2],
-                context,
-                window=self.config.sliding_window,
-                past_visible_BS=past_visible_BS,
-                past_document_B=None if state is None else state.document_B,
-                num_past=num_past,
-                device=q_BHTP.device,
-            )
-            distance_TS = distances(q_BHTP.shape[2], num_past, q_BHTP.device)
-            mask_BHTS = self._biased(seen_B1TS, distance_TS, q_BHTP)
+        if not num_past and self._needs_no_mask(q_BHTP, context):
+            context.publish(keys=k_BKTP, values=v_BKTP, mask=None)
+            window = self.config.sliding_window
+            return causal_attention(q_BHTP, k_BKTP, v_BKTP, self.scale, window)
+        seen_B1TS = visibility(
+            q_BHTP.shape[2],
+            context,
+            window=self.config.sliding_window,
+            past_visible_BS=past_visible_BS,
+            past_document_B=None if state is None else state.document_B,
+            num_past=num_past,
+            device=q_BHTP.device,
+        )
+        distance_TS = distances(q_BHTP.shape[2], num_past, q_BHTP.device)
+        mask_BHTS = self._biased(seen_B1TS, distance_TS, q_BHTP)
         context.publish(keys=k_BKTP, values=v_BKTP, mask=mask_BHTS)
         return F.scaled_dot_product_attention(
             q_BHTP,
             k_BKTP,
             v_BKTP,
             attn_mask=mask_BHTS,
-            is_causal=mask_BHTS is None,
             scale=self.scale,
             enable_gqa=self.heads.kv != self.heads.queries,
         )
 
-    def _is_plain(self, context: Context, num_tokens: int) -> bool:
-        """Whether a call that starts its rows needs no more than causality."""
-        window = self.config.sliding_window
-        return (
+    def _needs_no_mask(self, q_BHTP: Tensor, context: Context) -> bool:
+        """Whether causality, and a window that a kernel knows, say all of a call on new rows."""
+        is_plain = (
             context.attention_mask_BT is None
             and context.seq_idx_BT is None
             and context.prefix_lengths_B is None
             and self.config.position != "alibi"
-            and (window is None or num_tokens <= window)
         )
+        window = self.config.sliding_window
+        if not is_plain or window is None or q_BHTP.shape[2] <= window:
+            return is_plain
+        # Blocks that read this one need the mask of a window.
+        device_type, dtype = q_BHTP.device.type, q_BHTP.dtype
+        is_known = attention_backend(device_type, dtype, self.heads.dim, True) != TORCH
+        return is_known and context.published is None
 
     def _biased(self, seen_B1TS: Tensor, distance_TS: Tensor, like: Tensor) -> Tensor:
         if self.config.position != "alibi":
@@ -228,9 +267,8 @@ class Attention(Layer):
 
     def _step_mask(self, state: KVCache, q_BKGP: Tensor) -> Tensor | None:
         """What a step's queries see, broadcast over `[B, K, G, S]`; None for every filled slot."""
-        seen_B11S = None
-        if state.visible_BL is not None:
-            seen_B11S = state.visible_BL[:, None, None, : state.filled]
+        seen_BS = state.seen()
+        seen_B11S = None if seen_BS is None else seen_BS[:, None, None]
         if self.config.position != "alibi":
             return seen_B11S
         slopes_H = alibi_slopes(self.heads.queries, q_BKGP)

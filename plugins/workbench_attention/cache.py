@@ -25,6 +25,8 @@ class KVCache(State):
         visible_BL: slots that later tokens may see: no padding, and of the document that the row is
             in. None while all are, so that a plain batch holds and computes nothing more.
         document_B: `seq_idx` of the last token; None for document 0.
+        position: after `make_static`, the number of tokens so far, int64 on the device; `length`
+            then stays what it was.
     """
 
     keys_BHLP: Tensor
@@ -33,6 +35,7 @@ class KVCache(State):
     length: int = 0
     visible_BL: Tensor | None = None
     document_B: Tensor | None = None
+    position: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -43,6 +46,19 @@ class KVCache(State):
     def filled(self) -> int:
         """How many slots hold a token."""
         return min(self.length, self.slots)
+
+    @property
+    def room(self) -> int | None:
+        return None if self.max_length is None else self.max_length - self.length
+
+    def make_static(self) -> None:
+        self.position = torch.tensor(self.length, device=self.keys_BHLP.device)
+
+    def restore(self, before: KVCache) -> None:
+        position = self.position
+        super().restore(before)
+        if position is not None and before.position is None:
+            self.position = position.fill_(before.length)
 
     def reserve(self, num_tokens: int) -> None:
         """Refuse tokens that will not fit.
@@ -62,10 +78,25 @@ class KVCache(State):
         visible_BL = None if self.visible_BL is None else self._in_order(self.visible_BL, dim=1)
         return self._in_order(self.keys_BHLP), self._in_order(self.values_BHLP), visible_BL
 
+    def remembered(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that a step looks at, in the order of their slots; see `seen`."""
+        if self.position is not None:
+            return self.keys_BHLP, self.values_BHLP
+        return self.keys_BHLP[:, :, : self.filled], self.values_BHLP[:, :, : self.filled]
+
+    def seen(self) -> Tensor | None:
+        """Which of the remembered a step may see, `[B or 1, L]`; None for all."""
+        if self.position is None:
+            return None if self.visible_BL is None else self.visible_BL[:, : self.filled]
+        slots_L = torch.arange(self.slots, device=self.keys_BHLP.device)
+        filled_1L = (slots_L < self.position)[None]
+        return filled_1L if self.visible_BL is None else filled_1L & self.visible_BL
+
     def ages(self) -> Tensor:
-        """How many tokens each filled slot lies before the last one given, `[L]`."""
-        slots_L = torch.arange(self.filled, device=self.keys_BHLP.device)
-        return (self.length - 1 - slots_L) % self.slots
+        """How many tokens each remembered slot lies before the last one given, `[L]`."""
+        length = self.length if self.position is None else self.position
+        held = self.filled if self.position is None else self.slots
+        return (length - 1 - torch.arange(held, device=self.keys_BHLP.device)) % self.slots
 
     def extend(self, keys_BHTP: Tensor, values_BHTP: Tensor, context: Context) -> None:
         """Remember the tokens of a prefill call."""
@@ -76,12 +107,23 @@ class KVCache(State):
 
     def append(self, keys_BH1P: Tensor, values_BH1P: Tensor) -> None:
         """Remember one real token of the document that the row is in."""
+        if self.position is not None:
+            self._append_static(keys_BH1P, values_BH1P, self.position)
+            return
         slot = self.length % self.slots
         self.keys_BHLP[:, :, slot] = keys_BH1P[:, :, 0].detach()
         self.values_BHLP[:, :, slot] = values_BH1P[:, :, 0].detach()
         if self.visible_BL is not None:
             self.visible_BL[:, slot] = True
         self.length += 1
+
+    def _append_static(self, keys_BH1P: Tensor, values_BH1P: Tensor, position: Tensor) -> None:
+        slot_1 = (position % self.slots)[None]
+        self.keys_BHLP.index_copy_(2, slot_1, keys_BH1P.to(self.keys_BHLP.dtype))
+        self.values_BHLP.index_copy_(2, slot_1, values_BH1P.to(self.values_BHLP.dtype))
+        if self.visible_BL is not None:
+            self.visible_BL.index_fill_(1, slot_1, True)
+        position.add_(1)
 
     def _remember_visibility(self, num_tokens: int, context: Context) -> None:
         mask_BT, document_BT = context.attention_mask_BT, context.seq_idx_BT

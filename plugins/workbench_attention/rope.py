@@ -17,16 +17,17 @@ from torch import Tensor
 
 
 def rotary_tables(
-    start: int, length: int, channels: int, theta: float, like: Tensor
+    start: int | Tensor, length: int, channels: int, theta: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines, `[T, 1, R]`, of the positions from `start` on.
 
     Args:
+        start: a tensor (0-dim, on the device of `like`) where only the device knows it.
         channels: R, even.
         theta: base of the frequencies.
         like: a tensor of the wanted device and dtype.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(start, Tensor):
         # A tracer must see the computation; a table from outside would be baked in at its length.
         cos_T1R, sin_T1R = _compute(start, length, channels, theta, like.device, like.dtype)
         return cos_T1R, sin_T1R
@@ -56,13 +57,18 @@ def _table(
 
 
 def _compute(
-    start: int, length: int, channels: int, theta: float, device: torch.device, dtype: torch.dtype
+    start: int | Tensor,
+    length: int,
+    channels: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     # A position times a frequency in bfloat16 would be wrong by whole turns.
     wide = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, channels, 2, device=device, dtype=wide)
     frequencies = 1.0 / theta ** (steps / channels)
-    positions_T1 = torch.arange(start, start + length, device=device)[:, None]
+    positions_T1 = (start + torch.arange(length, device=device))[:, None]
     angles_TR = (positions_T1 * frequencies).repeat(1, 2)
     sign = torch.ones(channels, device=device, dtype=wide)
     sign[: channels // 2] = -1.0

@@ -6,23 +6,23 @@ model computes what the trained one did; see `workbench_export.vendoring`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from workbench.builder import Builder
-from workbench.errors import WorkbenchError
-from workbench.exporter import Exporter, ExportReport
+from workbench.exporter import (
+    Exporter,
+    ExportReport,
+    refuse_unsaved_buffers,
+    save_tensors,
+    stored_tensors,
+)
+from workbench.files import new_folder, refuse_existing
 from workbench.model import HybridLM
 from workbench_export.card import Facts, model_card
 from workbench_export.code import AUTO_MAP, ModelCode, model_code
@@ -48,12 +48,11 @@ class HuggingFace(Exporter):
         config: Any,
         metadata: dict[str, Any],
     ) -> ExportReport:
-        if out.exists() or out.is_symlink():
-            raise WorkbenchError(f"{out} is there already: name a new folder, or remove it first.")
+        refuse_existing(out)
         model = _as_stored(model, builder)
-        _refuse_unsaved_buffers(model)
+        refuse_unsaved_buffers(model)
         code = model_code(model.layout, builder)
-        with _new_folder(out) as folder:
+        with new_folder(out) as folder:
             for name, text in code.files.items():
                 (folder / name).write_text(text, encoding="utf-8")
             special = save_tokenizer(metadata.get("tokenizer"), model.layout.vocab_size, folder)
@@ -78,34 +77,10 @@ def _as_stored(model: HybridLM, builder: Builder) -> HybridLM:
     return model
 
 
-def _refuse_unsaved_buffers(model: HybridLM) -> None:
-    for index, layer in enumerate(model.layers):
-        for path, module in layer.named_modules():
-            for name in module._non_persistent_buffers_set:
-                raise WorkbenchError(
-                    f"blocks[{index}] ({model.layout.blocks[index].layer}): buffer "
-                    f"{f'{path}.{name}'.lstrip('.')!r} is not saved with the weights and would "
-                    "come back as garbage: register it with persistent=True, or compute it in "
-                    "forward."
-                )
-
-
 def _write_weights(path: Path, model: HybridLM) -> int:
     """Write the state dict, each weight once; the bytes that the file takes."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name in model.tied:
-            continue
-        stored = tensor.detach().cpu().contiguous()
-        # The format knows no sharing.
-        shared = stored.untyped_storage().data_ptr() in storages
-        tensors[f"model.{name}"] = stored.clone() if shared else stored
-        storages.add(stored.untyped_storage().data_ptr())
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    tensors = {f"model.{name}": tensor for name, tensor in stored_tensors(model).items()}
+    save_tensors(path, tensors, {"format": "pt"})
     shutil.copymode(path.with_name("config.json"), path)  # it is written for the owner only
     return path.stat().st_size
 
@@ -143,20 +118,3 @@ def _record(builder: Builder, code: ModelCode, metadata: Mapping[str, Any]) -> d
 
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary neighbour of `out`, which takes that name if the block ends well, else goes."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
-    except OSError as error:
-        raise WorkbenchError(
-            f"cannot write {out}: {error.strerror or error}. Nothing was kept; make room or "
-            "choose another place, and export again."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -92,9 +92,9 @@ class BitLinearMamba(Mamba):
         costs = super().costs(d_model, config, length=length, bytes_per_element=bytes_per_element)
         return costs + Costs(parameters=config.d_inner(d_model))
 
-    def _dt(self, dt: Tensor) -> Tensor:
+    def _dt(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.bit_dt_proj:
-            return self.dt_proj(upcast(dt))  # type: ignore[no-any-return]
+            return self.dt_proj(upcast(dt)), None
         return super()._dt(dt)
 
     def _output(self, y: Tensor, z: Tensor) -> Tensor:

@@ -29,13 +29,9 @@ from workbench_mamba.common import (
     require_at_least_one,
     upcast,
 )
+from workbench_mamba.kernels import causal_conv1d, conv_backend, scan_backend, selective_scan
 from workbench_mamba.norms import RMSNorm
-from workbench_mamba.scan import (
-    causal_conv1d,
-    causal_conv1d_update,
-    selective_scan,
-    selective_state_update,
-)
+from workbench_mamba.scan import causal_conv1d_update, selective_state_update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +180,13 @@ class Mamba(Layer):
             torch.zeros(ssm, device=device, dtype=at_least_float32(dtype)),
         )
 
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        device_type, (channels, d_state) = self.A_log.device.type, self.A_log.shape
+        return {
+            "selective_scan": scan_backend(device_type, dtype, d_state),
+            "causal_conv1d": conv_backend(device_type, dtype, channels, 2 * channels),
+        }
+
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: MambaState | None = None
     ) -> Tensor:
@@ -196,14 +199,19 @@ class Mamba(Layer):
             initial_state_BCW=None if state is None else state.conv_BCW,
             seq_idx_BL=context.seq_idx_BT,
         )
-        delta_BTC, B_BTN, C_BTN = self._select(x_BTC)
+        dt_BTC, bias_C, B_BTN, C_BTN = self._select(x_BTC)
+        is_raw = context.attention_mask_BT is None
+        if not is_raw:  # a step of zero leaves the state as it is
+            dt_BTC, bias_C = context.mask_padding(_step_sizes(dt_BTC, bias_C)), None
         y_BTC, ssm_BCN = selective_scan(
             x_BTC,
-            context.mask_padding(delta_BTC),  # a step of zero leaves the state as it is
+            dt_BTC,
             self._decay(),
             B_BTN,
             C_BTN,
             self.D,
+            delta_bias_D=bias_C,
+            delta_softplus=is_raw,
             initial_state_BDN=None if state is None else state.ssm_BCN,
             seq_idx_BL=context.seq_idx_BT,
         )
@@ -216,7 +224,8 @@ class Mamba(Layer):
         x_BC, z_BC = self.in_proj(x_BD).chunk(2, -1)
         weight_CW = self.conv1d.weight.squeeze(1)
         x_BC = causal_conv1d_update(state.conv_BCW, x_BC, weight_CW, self.conv1d.bias, "silu")
-        delta_BC, B_BN, C_BN = self._select(x_BC)
+        dt_BC, bias_C, B_BN, C_BN = self._select(x_BC)
+        delta_BC = _step_sizes(dt_BC, bias_C)
         y_BC = selective_state_update(
             state.ssm_BCN, x_BC, delta_BC, self._decay(), B_BN, C_BN, self.D
         )
@@ -226,19 +235,24 @@ class Mamba(Layer):
         """A, negative, at least in float32."""
         return -upcast(self.A_log).exp()
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes `[..., C]` (at least float32), and B and C `[..., N]`, of `x` `[..., C]`."""
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Step sizes as `_dt` gives them, and B and C `[..., N]`, of `x` `[..., C]`."""
         n = self.config.d_state
         dt, B, C = self.x_proj(x).split([self.rank, n, n], -1)
         if self.config.dt_bc_norm:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        return F.softplus(self._dt(dt)), B, C
+        return *self._dt(dt), B, C
 
-    def _dt(self, dt: Tensor) -> Tensor:
-        """`[..., R]` to step sizes before the softplus, `[..., C]`."""
-        # The bias outweighs the product: added in bfloat16 it would move step sizes by percents.
-        return upcast(F.linear(dt, self.dt_proj.weight)) + upcast(self.dt_proj.bias)
+    def _dt(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`[..., R]` to step sizes before bias and softplus, `[..., C]`, and the bias, if any."""
+        return F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
 
     def _output(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate and project `[..., C]` to `[..., D]`."""
         return self.out_proj(y * F.silu(z))  # type: ignore[no-any-return]
+
+
+def _step_sizes(dt: Tensor, bias_C: Tensor | None) -> Tensor:
+    """Positive, at least float32."""
+    # The bias outweighs the product: added in bfloat16 it would move step sizes by percents.
+    return F.softplus(upcast(dt) if bias_C is None else upcast(dt) + upcast(bias_C))

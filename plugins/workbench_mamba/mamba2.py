@@ -11,7 +11,7 @@ C convolved channels (I + 2GN), W width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,16 @@ from workbench_mamba.common import (
     require_at_least_one,
     upcast,
 )
+from workbench_mamba.kernels import (
+    causal_conv1d,
+    conv_backend,
+    mamba2_inner,
+    mamba2_step,
+    ssd,
+    ssd_backend,
+)
 from workbench_mamba.norms import RMSNorm
-from workbench_mamba.scan import causal_conv1d, causal_conv1d_update, ssd, ssd_state_update
+from workbench_mamba.scan import causal_conv1d_update, last_inputs, ssd_state_update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +212,22 @@ class Mamba2(Layer):
             torch.zeros(ssm, device=device, dtype=at_least_float32(dtype)),
         )
 
+    def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        """With `triton`, the kernels take in convolution and gated norm too, but for padding."""
+        device_type, channels = self.A_log.device.type, self.conv1d.weight.shape[0]
+        ssd_on = ssd_backend(device_type, dtype, self.config.headdim, self.config.d_state)
+        if ssd_on == "triton" and type(self.norm) is RMSNorm:
+            return {"ssd": ssd_on, "causal_conv1d": ssd_on}
+        conv_on = conv_backend(device_type, dtype, channels, self.in_proj.out_features)
+        return {"ssd": ssd_on, "causal_conv1d": conv_on}
+
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: Mamba2State | None = None
     ) -> Tensor:
-        z_BTI, xBC_BTC, dt_BTH = self._project(x_BTD)
+        zxbcdt_BTR = self.in_proj(x_BTD)
+        if self._is_fused(zxbcdt_BTR, context, state):
+            return self.out_proj(self._fused(zxbcdt_BTR, context, state))  # type: ignore[no-any-return]
+        z_BTI, xBC_BTC, dt_BTH = self._parts(zxbcdt_BTR)
         # Masked here, not before in_proj: its bias would make padding differ from no token.
         xBC_BTC, conv_BCW = causal_conv1d(
             context.mask_padding(xBC_BTC),
@@ -234,7 +254,14 @@ class Mamba2(Layer):
         return self.out_proj(self.norm(y_BTHP.flatten(-2), z_BTI))  # type: ignore[no-any-return]
 
     def step(self, x_BD: Tensor, state: Mamba2State, context: Context = PLAIN) -> Tensor:
-        z_BI, xBC_BC, dt_BH = self._project(x_BD)
+        zxbcdt_BR = self.in_proj(x_BD)
+        if self._runs_on_triton(zxbcdt_BR):
+            y_BI = mamba2_step(
+                *(zxbcdt_BR, state.conv_BCW, state.ssm_BHPN, *self._inner_weights()),
+                *(self.config.n_groups, self.norm.groups, self.norm.eps, *self._dt_limits()),
+            )
+            return self.out_proj(y_BI)  # type: ignore[no-any-return]
+        z_BI, xBC_BC, dt_BH = self._parts(zxbcdt_BR)
         weight_CW = self.conv1d.weight.squeeze(1)
         xBC_BC = causal_conv1d_update(state.conv_BCW, xBC_BC, weight_CW, self.conv1d.bias, "silu")
         x_BHP, B_BGN, C_BGN = self._split(xBC_BC)
@@ -245,12 +272,53 @@ class Mamba2(Layer):
         """A, negative, at least in float32."""
         return -upcast(self.A_log).exp()
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _runs_on_triton(self, zxbcdt: Tensor) -> bool:
+        device_type, config = zxbcdt.device.type, self.config
+        backend = ssd_backend(device_type, zxbcdt.dtype, config.headdim, config.d_state)
+        # A subclass may gate without a norm, which the kernels do not know.
+        return backend == "triton" and type(self.norm) is RMSNorm
+
+    def _is_fused(self, zxbcdt_BTR: Tensor, context: Context, state: Mamba2State | None) -> bool:
+        """Whether one operator does all between the projections; it knows no padding."""
+        if context.attention_mask_BT is not None or not self._runs_on_triton(zxbcdt_BTR):
+            return False
+        return state is None or not torch.is_grad_enabled()
+
+    def _fused(self, zxbcdt_BTR: Tensor, context: Context, state: Mamba2State | None) -> Tensor:
+        """From the input projection's output to the output projection's input, `[B, T, I]`."""
+        conv_BCW = None if state is None else state.conv_BCW
+        y_BTI, ssm_BHPN = mamba2_inner(
+            zxbcdt_BTR,
+            *self._inner_weights(),
+            groups=self.config.n_groups,
+            norm_groups=self.norm.groups,
+            eps=self.norm.eps,
+            dt_limits=self._dt_limits(),
+            seq_idx_BL=context.seq_idx_BT,
+            conv_state_BCW=conv_BCW,
+            state_BHPN=None if state is None else state.ssm_BHPN,
+        )
+        if state is not None:
+            channels = self.inner + 2 * self.group_channels
+            xBC_BTC = zxbcdt_BTR[..., self.inner : self.inner + channels]
+            state.conv_BCW.copy_(last_inputs(xBC_BTC, state.conv_BCW, context.seq_idx_BT))
+            state.ssm_BHPN.copy_(ssm_BHPN)
+        return y_BTI
+
+    def _inner_weights(self) -> tuple[Any, ...]:
+        """Filter, its bias (or None), step sizes' bias, A_log, D and the norm's weight."""
+        weight_CW, bias_C = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        return weight_CW, bias_C, self.dt_bias, self.A_log, self.D, self.norm.weight
+
+    def _dt_limits(self) -> tuple[float, float | None]:
+        return self.config.dt_limit_min, self.config.dt_limit_max
+
+    def _parts(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate `[..., I]`, the convolution's input `[..., C]`, step sizes `[..., H]` in float32."""
         widths = [self.inner, self.inner + 2 * self.group_channels, self.heads]
-        z, xBC, dt = torch.split(self.in_proj(x), widths, -1)
+        z, xBC, dt = torch.split(zxbcdt, widths, -1)
         dt = F.softplus(upcast(dt) + upcast(self.dt_bias))
-        low, high = self.config.dt_limit_min, self.config.dt_limit_max
+        low, high = self._dt_limits()
         return z, xBC, dt if (low, high) == (0.0, None) else dt.clamp(low, high)
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

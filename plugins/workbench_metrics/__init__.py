@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from workbench.hookspecs import hookimpl
-from workbench_metrics import quality, speed, static
+from workbench_metrics import predicted, quality, speed, static
 
 if TYPE_CHECKING:
     from workbench.hookspecs import Register
@@ -24,6 +24,12 @@ def register_metrics(register: Register[type[Metric]]) -> None:
     register("decode_ms", speed.DecodeMilliseconds)
     register("prefill_ms", speed.PrefillMilliseconds)
     register("tokens_per_second", speed.TokensPerSecond)
+    register("ttft_ms", speed.TimeToFirstToken)
+    register("tpot_ms", speed.TimePerOutputToken)
+    register("generation_tokens_per_second", speed.GenerationTokensPerSecond)
+    register("peak_memory_bytes", speed.PeakMemoryBytes)
+    register("predicted_decode_ms", predicted.PredictedDecodeMilliseconds)
+    register("predicted_prefill_ms", predicted.PredictedPrefillMilliseconds)
     register("bits_per_byte_unquantized", quality.BitsPerByteUnquantized)
     register("bits_per_byte", quality.BitsPerByte)
     register("perplexity", quality.Perplexity)

@@ -77,3 +77,60 @@ class Prefill(Sizes):
 
     batch_size: Annotated[int, "Prompts taken in together"] = 1
     length: Annotated[int, "Tokens of a prompt"] = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Sizes):
+    """Which generations are timed."""
+
+    batch_size: Annotated[int, "Sequences that are generated together"] = 1
+    context: Annotated[int, "Tokens of each prompt"] = 512
+    tokens: Annotated[int, "Tokens generated after it, at least 2"] = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 2:
+            raise FieldError("tokens", f"must be at least 2, got {self.tokens}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peak(Sizes):
+    """At which moment memory is looked at."""
+
+    phase: Annotated[
+        Literal["prefill", "decode", "training"], "What is run; training on unquantized weights"
+    ] = "decode"
+    batch_size: Annotated[int, "Sequences together"] = 1
+    context: Annotated[int, "Tokens of each sequence"] = 512
+
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predicted(Sizes):
+    """Which latency table is asked."""
+
+    batch_size: Annotated[int, "Sequences together"] = 1
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], "Of weights, activations and caches"
+    ] = "float32"
+    steps: Annotated[
+        Literal["auto", "eager", "cuda-graph"], "How steps run; auto: a graph on a CUDA device"
+    ] = "auto"
+    threads: Annotated[int | None, "CPU threads of the table; torch's now if None"] = None
+    table: Annotated[str, "Its file; auto finds this machine's in the study's cache"] = AUTO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictedDecode(Predicted):
+    """Which decode step is predicted."""
+
+    context: Annotated[int, "Tokens before the step"] = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictedPrefill(Predicted):
+    """Which prefill is predicted."""
+
+    length: Annotated[int, "Tokens of a prompt"] = 512

@@ -9,7 +9,7 @@ from functools import partial
 
 from workbench.layout import Block, Layout
 from workbench.preset import Preset
-from workbench_presets.stacks import interleave, swiglu
+from workbench_presets.stacks import with_swiglu
 
 
 def llama(
@@ -29,7 +29,7 @@ def llama(
     return Layout(
         d_model=d_model,
         vocab_size=vocab_size,
-        blocks=interleave([attention] * num_layers, swiglu(intermediate_size)),
+        blocks=with_swiglu([attention] * num_layers, intermediate_size),
         tie_embeddings=False,
         norm_eps=1e-5,
     )
@@ -60,7 +60,7 @@ def qwen3(
     return Layout(
         d_model=d_model,
         vocab_size=vocab_size,
-        blocks=interleave([attention] * num_layers, swiglu(intermediate_size)),
+        blocks=with_swiglu([attention] * num_layers, intermediate_size),
         norm_eps=1e-6,
     )
 

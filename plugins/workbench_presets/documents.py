@@ -12,7 +12,7 @@ from functools import partial
 from workbench.layout import Block, Layout, Named
 from workbench.preset import Preset
 from workbench_placement.mixed import PrefixSuffix, Strategic
-from workbench_presets.stacks import interleave, substitute, swiglu
+from workbench_presets.stacks import substitute, swiglu, with_swiglu
 
 MAMBA = Block(layer="mamba", config={"d_state": 16, "d_conv": 4, "expand": 2})
 MOAI_VOCAB = 128_000
@@ -58,7 +58,7 @@ def moai(d_model: int, num_layers: int, intermediate_size: int) -> Layout:
     return Layout(
         d_model=d_model,
         vocab_size=MOAI_VOCAB,
-        blocks=interleave([MAMBA] * num_layers, swiglu(intermediate_size)),
+        blocks=with_swiglu([MAMBA] * num_layers, intermediate_size),
     )
 
 
@@ -82,7 +82,7 @@ def bitbyte() -> Layout:
         },
         quantizer=Named(name="b1_58"),
     )
-    return Layout(d_model=1536, vocab_size=256, blocks=interleave([mixer] * 24, swiglu(4096)))
+    return Layout(d_model=1536, vocab_size=256, blocks=with_swiglu([mixer] * 24, 4096))
 
 
 BITBYTE_OPEN = (

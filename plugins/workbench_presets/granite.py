@@ -9,8 +9,8 @@ from collections.abc import Collection
 from functools import partial
 
 from workbench.layout import Block, Layout
-from workbench.preset import Preset
-from workbench_presets.stacks import interleave, mixers, swiglu
+from workbench.preset import Preset, interspersed
+from workbench_presets.stacks import mamba2, with_swiglu
 
 
 def granite_hybrid(
@@ -29,10 +29,6 @@ def granite_hybrid(
     logits_scaling: float,
 ) -> Layout:
     """Granite 4.0 H without experts: Mamba-2, four attentions without positions, SwiGLU; tied."""
-    mamba = Block(
-        layer="mamba2",
-        config={"d_state": d_state, "headdim": mamba_headdim, "n_groups": 1, "chunk_size": 256},
-    )
     attention = Block(
         layer="attention",
         config={
@@ -42,12 +38,12 @@ def granite_hybrid(
             "scale": attention_multiplier,
         },
     )
+    mamba = mamba2(d_state=d_state, headdim=mamba_headdim)
+    mixers = interspersed(num_layers, mamba, attention, attention_layers)
     return Layout(
         d_model=d_model,
         vocab_size=vocab_size,
-        blocks=interleave(
-            mixers(num_layers, attention_layers, mamba, attention), swiglu(intermediate_size)
-        ),
+        blocks=with_swiglu(mixers, intermediate_size),
         norm_eps=1e-5,
         embedding_multiplier=12.0,
         residual_multiplier=residual_multiplier,

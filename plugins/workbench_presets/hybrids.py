@@ -1,7 +1,8 @@
 """Published hybrids of Mamba and attention, by hyper-parameters of their checkpoints.
 
-Each family is one function of the sizes that its members differ in; what they have in common stands
-in the function. `published_configs.json` holds the same models as the hub's config.json gives them.
+A family is one function of the sizes that its members, or small copies in tests, differ in; what
+they have in common stands in the function. `published_configs.json` holds the same models as the
+hub's config.json gives them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Collection
 from functools import partial
 
 from workbench.layout import Block, Layout
-from workbench.preset import Preset
-from workbench_presets.stacks import interleave, mixers, substitute, swiglu
+from workbench.preset import Preset, interspersed
+from workbench_presets.stacks import mamba2, substitute, with_swiglu
 
 
 def bamba(
@@ -27,10 +28,6 @@ def bamba(
     intermediate_size: int,
 ) -> Layout:
     """Mamba-2, seldom attention that turns half of each head, SwiGLU after every mixer; untied."""
-    mamba = Block(
-        layer="mamba2",
-        config={"d_state": d_state, "headdim": mamba_headdim, "n_groups": 1, "chunk_size": 256},
-    )
     attention = Block(
         layer="attention",
         config={
@@ -40,12 +37,12 @@ def bamba(
             "partial_rotary_factor": 0.5,
         },
     )
+    mamba = mamba2(d_state=d_state, headdim=mamba_headdim)
+    mixers = interspersed(num_layers, mamba, attention, attention_layers)
     return Layout(
         d_model=d_model,
         vocab_size=vocab_size,
-        blocks=interleave(
-            mixers(num_layers, attention_layers, mamba, attention), swiglu(intermediate_size)
-        ),
+        blocks=with_swiglu(mixers, intermediate_size),
         tie_embeddings=False,
         norm_eps=1e-5,
     )
@@ -110,31 +107,17 @@ NEMOTRON_H_OPEN = (
 )
 
 
-def samba(
-    *,
-    d_model: int,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    sliding_window: int,
-    intermediate_size: int,
-) -> Layout:
+def samba() -> Layout:
     """Mamba and sliding-window attention by turns, a SwiGLU after every mixer; tied."""
     mamba = Block(layer="mamba", config={"d_state": 16, "d_conv": 4, "expand": 2})
     attention = Block(
         layer="attention",
-        config={
-            "num_heads": num_heads,
-            "rope_theta": 10000.0,
-            "sliding_window": sliding_window,
-        },
+        config={"num_heads": 12, "rope_theta": 10000.0, "sliding_window": 2048},
     )
     return Layout(
-        d_model=d_model,
-        vocab_size=vocab_size,
-        blocks=interleave(
-            mixers(num_layers, range(1, num_layers, 2), mamba, attention), swiglu(intermediate_size)
-        ),
+        d_model=1536,
+        vocab_size=32_000,
+        blocks=with_swiglu([mamba, attention] * 6, 4096),
         norm_eps=1e-5,
     )
 
@@ -188,15 +171,7 @@ def presets() -> dict[str, Preset]:
             assumptions=NEMOTRON_H_OPEN,
         ),
         "samba-421m": Preset(
-            layout=partial(
-                samba,
-                d_model=1536,
-                vocab_size=32_000,
-                num_layers=12,
-                num_heads=12,
-                sliding_window=2048,
-                intermediate_size=4096,
-            ),
+            layout=samba,
             source="Ren et al., arXiv:2406.07522; microsoft/Samba",
             stated_parameters="421M",
             assumptions=SAMBA_OPEN,

@@ -1,10 +1,11 @@
-"""Building blocks of presets: a flat sequence of mixers, each perhaps followed by an MLP."""
+"""Building blocks of these presets."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from workbench.layout import Block
+from workbench.preset import interleave
 
 
 def swiglu(intermediate_size: int) -> Block:
@@ -12,18 +13,17 @@ def swiglu(intermediate_size: int) -> Block:
     return Block(layer="swiglu", config={"intermediate_size": intermediate_size})
 
 
-def interleave(mixers: Iterable[Block], mlp: Block) -> tuple[Block, ...]:
-    """`mlp` after every mixer."""
-    return tuple(block for mixer in mixers for block in (mixer, mlp))
+def mamba2(*, d_state: int, headdim: int) -> Block:
+    """Mamba-2 as Bamba and the Granites have it: one group, chunks of 256 tokens."""
+    config = {"d_state": d_state, "headdim": headdim, "n_groups": 1, "chunk_size": 256}
+    return Block(layer="mamba2", config=config)
+
+
+def with_swiglu(mixers: Iterable[Block], intermediate_size: int) -> tuple[Block, ...]:
+    """The mixers, each followed by a SwiGLU of a stated width."""
+    return interleave(mixers, swiglu(intermediate_size))
 
 
 def substitute(names: Iterable[str], blocks: Mapping[str, tuple[Block, ...]]) -> tuple[Block, ...]:
     """The blocks that each placed name stands for, in order."""
     return tuple(block for name in names for block in blocks[name])
-
-
-def mixers(
-    num_layers: int, attention_layers: Collection[int], mamba: Block, attention: Block
-) -> list[Block]:
-    """`mamba` in every layer but those of the given indices, which hold `attention`."""
-    return [attention if index in attention_layers else mamba for index in range(num_layers)]

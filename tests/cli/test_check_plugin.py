@@ -93,6 +93,49 @@ def test_a_plugin_that_does_not_load_is_a_failure(cli: Cli, tmp_path: Path) -> N
     assert f"look at:   {path}:3" in result.out
 
 
+def test_a_plugin_that_ends_the_process_is_a_failure_and_no_fault_of_ours(
+    cli: Cli, tmp_path: Path
+) -> None:
+    path = tmp_path / "leaves.py"
+    path.write_text('"""Leaves."""\n\nimport os\n\nos._exit(3)\n')
+    result = cli("check-plugin", path)
+    assert (result.status, result.err) == (1, "")
+    assert "plugin leaves: loads FAILED" in result.out
+    assert "found:     the process ended with status 3 while it was loaded" in result.out
+    assert f"look at:   {path}:5\n" in result.out
+    assert result.out.splitlines()[-1].startswith("leaves: 0 checks passed, 1 failed, 0 skipped in")
+
+
+def test_a_fault_in_source_is_told_once_with_what_mends_it(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "sourced.py"
+    source = "    @classmethod\n    def source(cls, d_model, blocks):\n        return len(None)\n\n"
+    path.write_text(
+        edited(
+            "layer",
+            ("    @classmethod\n    def costs(", f"{source}    @classmethod\n    def costs("),
+        )
+    )
+    result = cli("check-plugin", path, "--only", "source or causality or class_attributes")
+    assert result.status == 1
+    (finding,) = result.out.partition("layer good: ")[2].split("\n\n")[:-1]
+    assert finding.startswith("source names an earlier block [defaults] FAILED\n")
+    assert "found:     TypeError: object of type 'NoneType' has no len()" in finding
+    assert f"look at:   {path}:{line_of(path, 'len(None)')}\n" in finding
+    assert "mend:      Return the index of a block before the last one, or None" in finding
+    assert finding.endswith("  also with: width=2\n  also in:   causality")
+
+
+def test_checks_that_are_not_run_are_named_with_the_reason(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "leaves.py"
+    path.write_text(edited("layer", (BEGIN, f"        __import__('os')._exit(0)\n{BEGIN}")))
+    result = cli("check-plugin", path, "--only", "causality or costs_count_parameters")
+    assert result.status == 1
+    reason = "not run: another config of the check ended the process or hung"
+    assert f"layer good: {reason} (causality)\n" in result.out
+    assert "found:     the process ended with status 0 during this check" in result.out
+    assert "leaves: 2 checks passed, 1 failed, 1 skipped in" in result.out.splitlines()[-1]
+
+
 def test_a_plugin_that_patches_torch_is_told_so(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "patches.py"
     patch = "def mine(x):\n    return x\n\n\nF.gelu = mine\n\n\n@dataclasses.dataclass\nclass Last"
@@ -120,11 +163,12 @@ def test_the_suite_of_the_authors_tests_goes_first(cli: Cli, tmp_path: Path) -> 
     test.parent.mkdir()
     test.write_text(
         "from needy import Good\n\nfrom workbench.testing import DataSourceContract\n\n\n"
-        "class TestGood(DataSourceContract):\n"
+        "class TestMine(DataSourceContract):\n"
         "    source = Good\n    configs = (Good.Config(symbols=9),)\n\n\n"
         "def test_of_something_else():\n    raise AssertionError\n"
     )
-    report = cli("check-plugin", path, "--tests", test, "--json").json
+    only = ("--only", "source and good and not parts")
+    report = cli("check-plugin", path, "--tests", test, *only, "--json").json
     assert {check["thing"] for check in report["checks"]} == {"data source good"}
     assert {check["case"] for check in report["checks"]} == {"symbols=9"}
     assert report["failed"] == report["skipped"] == 0
@@ -136,6 +180,8 @@ def test_the_suite_of_the_authors_tests_goes_first(cli: Cli, tmp_path: Path) -> 
         (["no-such"], "unknown package or plugin 'no-such'"),
         (["mambo"], "Did you mean 'mamba'?"),
         (["missing.py"], "missing.py: no such file"),
+        (["mamba", "--timeout", "0"], "--timeout: 0 s are no time for a check: 120 are"),
+        (["mamba", "--timeout", "nan"], "--timeout: nan s are no time"),
         (["mlp", "--only", "no_such_check"], "--only 'no_such_check' selects no check"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import Cli
+from workbench.cli.generate import LONG, _captures
 from workbench.export import trial_builder
 from workbench.generation import generate
 from workbench.model import HybridLM
@@ -123,3 +124,27 @@ def test_the_data_decodes_what_it_encodes(notes: Path) -> None:
     builder, config = trial_builder(trial)
     data = make_data(config, builder, notes / ".cache")
     assert data.decode(data.encode(PROMPT)) == PROMPT
+
+
+def test_a_cpu_cannot_capture_steps_and_is_not_asked_to(cli: Cli, notes: Path) -> None:
+    command = ("generate", "notes:0", "--prompt", "D", "--runs", notes, "--device", "cpu")
+    long = ("--max-new-tokens", str(LONG))
+    assert cli(*command, *long, "--json").json["captured"] is False
+    assert not cli(*command, "--no-capture", "--max-new-tokens", "2", "--json").json["captured"]
+    result = cli(*command, "--capture", "--max-new-tokens", "4")
+    assert result.status == 2
+    assert "cannot be captured as a CUDA graph: CUDA graphs need a CUDA device" in result.err
+
+
+def test_long_generations_on_a_cuda_device_are_captured_where_that_works(
+    monkeypatch: pytest.MonkeyPatch, trained: HybridLM
+) -> None:
+    monkeypatch.setattr(HybridLM, "init_state", lambda *_: [])
+    reasons = {"": True, "it waits for the device": False}
+    for reason, expected in reasons.items():
+        monkeypatch.setattr("workbench.decoding.why_not_captured", lambda *_, r=reason: r)
+        monkeypatch.setattr(HybridLM, "device", torch.device("cuda"))
+        assert _captures(trained, LONG) is expected
+        assert not _captures(trained, LONG - 1)
+        monkeypatch.setattr(HybridLM, "device", torch.device("cpu"))
+        assert not _captures(trained, LONG)

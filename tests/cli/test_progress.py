@@ -101,9 +101,11 @@ def test_what_was_trained_is_always_a_line(told: Told, study: Study) -> None:
 def test_a_long_trial_is_not_silent_in_a_file(study: Study) -> None:
     told = reporting(study, SILENCE)
     told.reporter.trial_started(3, "M-A-")
-    told.reporter.trial_phase(3, "measuring")
     wait_for(lambda: told.lines)
-    assert re.fullmatch(r"trial   3  measuring, \d+ s", told.lines[0])
+    assert re.fullmatch(r"trial   3  starting, \d+ s", told.lines[0])
+    told.reporter.trial_phase(3, "measuring")
+    wait_for(lambda: "measuring" in told.lines[-1])
+    assert re.fullmatch(r"trial   3  measuring, \d+ s", told.lines[-1])
     told.reporter.trial_phase(3, "training")
     told.reporter.trial_progress(3, 1200, 5000, 2.3456)
     wait_for(lambda: "training" in told.lines[-1])
@@ -131,7 +133,7 @@ def test_a_terminal_shows_the_phase_and_the_step(study: Study) -> None:
     reporter = told.reporter
     reporter.trial_started(3, "M-A-")
     shown = []
-    for phase in ("measuring", "training", "validating"):
+    for phase in ("measuring", "training", "evaluating"):
         reporter.trial_phase(3, phase)
         if phase == "training":
             reporter.trial_progress(3, 12, 500, 2.5)
@@ -143,7 +145,7 @@ def test_a_terminal_shows_the_phase_and_the_step(study: Study) -> None:
     assert "measuring  M-A-" in shown[0]
     assert "12/500" in shown[1]
     assert "training, loss 2.500  M-A-" in shown[1]
-    assert "validating  M-A-" in shown[2]
+    assert "evaluating  M-A-" in shown[2]
     assert max(map(len, shown)) <= 80
 
 

@@ -143,3 +143,16 @@ def test_what_is_too_large_is_refused_before_it_is_built(cli: Cli, tmp_path: Pat
     path.write_text(json.dumps({**LAYOUT, "d_model": 2**24}))
     assert "needs at least" in train(cli, path).refused()
     assert not Path("out").exists()
+
+
+def test_how_a_run_ran_is_recorded_and_part_of_it(cli: Cli, layout: Path) -> None:
+    record = train(cli, layout, "out", "--json").json
+    assert (record["mode"], record["note"]) == ("eager", "")
+    assert record["backend"] == {"toy": {}}
+    assert record["training"]["compile"] == record["training"]["cuda_graph"] == "auto"
+    assert record["training"]["checkpoint_blocks"] is False
+    options = ("--no-compile", "--no-cuda-graph", "--checkpoint-blocks")
+    other = train(cli, layout, "other", *options, "--json").json
+    assert other["training"]["compile"] == other["training"]["cuda_graph"] == "off"
+    assert other["training"]["checkpoint_blocks"] is True
+    assert other["validation_loss"] == record["validation_loss"]  # less memory, the same weights

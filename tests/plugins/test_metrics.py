@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -20,14 +19,17 @@ from workbench.config import NoConfig
 from workbench.data import Batch
 from workbench.errors import FieldError, WorkbenchError
 from workbench.layout import Block, Layout, Named
-from workbench.measuring import Timing
 from workbench.metric import Subject
-from workbench.model import HybridLM
 from workbench.quantizer import num_bytes
 from workbench.testing import MetricContract
 from workbench.testing.toys import ToyText
-from workbench_metrics import quality, speed, static
-from workbench_metrics.config import Decode, Forward, Prefill, Step, Stored, StoredState, Throughput
+from workbench_metrics import quality, static
+from workbench_metrics.config import (
+    Forward,
+    Step,
+    Stored,
+    StoredState,
+)
 
 # name → unit, direction, stage: what records and studies rely on.
 CONTRACT = {
@@ -41,6 +43,12 @@ CONTRACT = {
     "decode_ms": ("ms", "minimize", "measured"),
     "prefill_ms": ("ms", "minimize", "measured"),
     "tokens_per_second": ("tokens/s", "maximize", "measured"),
+    "ttft_ms": ("ms", "minimize", "measured"),
+    "tpot_ms": ("ms", "minimize", "measured"),
+    "generation_tokens_per_second": ("tokens/s", "maximize", "measured"),
+    "peak_memory_bytes": ("bytes", "minimize", "measured"),
+    "predicted_decode_ms": ("ms", "minimize", "static"),
+    "predicted_prefill_ms": ("ms", "minimize", "static"),
     "bits_per_byte_unquantized": ("bits/byte", "minimize", "trained"),
     "bits_per_byte": ("bits/byte", "minimize", "quantized"),
     "perplexity": ("per token", "minimize", "quantized"),
@@ -142,21 +150,6 @@ class TestDecodeFlops(MetricContract):
     )
 
 
-class TestDecodeMilliseconds(MetricContract):
-    metric = speed.DecodeMilliseconds
-    configs = (Decode(batch_size=2, context=8, tokens=4),)
-
-
-class TestPrefillMilliseconds(MetricContract):
-    metric = speed.PrefillMilliseconds
-    configs = (Prefill(batch_size=2, length=8),)
-
-
-class TestTokensPerSecond(MetricContract):
-    metric = speed.TokensPerSecond
-    configs = (Throughput(context=8, tokens=4),)
-
-
 class TestBitsPerByteUnquantized(MetricContract):
     metric = quality.BitsPerByteUnquantized
     configs = (NoConfig(),)
@@ -246,70 +239,6 @@ def test_decode_flops_grow_with_the_context_where_attention_is(builder: Builder)
     assert growth("attention") == pytest.approx(4 * 64 * 500, rel=0.05)
 
 
-# Measured
-
-
-@pytest.fixture
-def timings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Replaces the clockwork; lists what was to be timed."""
-    asked: list[tuple[Any, ...]] = []
-
-    def timed(model: HybridLM, *sizes: int) -> Timing:
-        asked.append(sizes)
-        return Timing(median=0.004, p10=0.003, p90=0.006, repeats=30)
-
-    monkeypatch.setattr(speed, "decode_time", timed)
-    monkeypatch.setattr(speed, "prefill_time", timed)
-    return asked
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "figure", "sizes"),
-    [
-        ("decode_ms", {}, 4.0, (1, 512, 32)),
-        ("decode_ms", {"batch_size": 2, "context": 64, "tokens": 8}, 4.0, (2, 64, 8)),
-        ("prefill_ms", {}, 4.0, (1, 512)),
-        ("prefill_ms", {"batch_size": 4, "length": 100}, 4.0, (4, 100)),
-        ("tokens_per_second", {}, 8 / 0.004, (8, 512, 32)),
-        ("tokens_per_second", {"batch_size": 3, "context": 9}, 3 / 0.004, (3, 9, 32)),
-    ],
-)
-def test_timings_become_figures(
-    builder: Builder,
-    timings: list[tuple[Any, ...]],
-    name: str,
-    config: dict[str, int],
-    figure: float,
-    sizes: tuple[int, ...],
-) -> None:
-    model = builder.build(hybrid(), device="meta")
-    subject = subject_of(builder, hybrid(), model=model)
-    assert measure(builder, name, subject, **config) == pytest.approx(figure)
-    assert timings == [sizes]
-    assert subject.extras == pytest.approx(
-        {"p10_ms": 3, "p90_ms": 6, "spread": 0.75, "noisy": 1, "repeats": 30}
-    )
-
-
-@pytest.mark.parametrize("name", ["decode_ms", "prefill_ms", "tokens_per_second"])
-def test_measured_figures_are_positive_and_leave_the_model_alone(
-    builder: Builder, name: str
-) -> None:
-    layout = hybrid("int8")
-    model = builder.build(layout)
-    builder.quantize(model)
-    model.train()
-    weights, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    subject = subject_of(builder, layout, model=model)
-    size = {"length": 16} if name == "prefill_ms" else {"context": 16, "tokens": 4}
-    figure = measure(builder, name, subject, batch_size=2, **size)
-    assert 0 < figure < math.inf
-    assert 0 < subject.extras["p10_ms"] <= subject.extras["p90_ms"] < math.inf
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-
-
 # Trained and quantized
 
 QUALITY = ("bits_per_byte", "bits_per_byte_unquantized", "perplexity", "accuracy")
@@ -389,6 +318,10 @@ def test_synthetic_tasks_have_no_bytes(builder: Builder, judged: Subject, name: 
         ("weight_bytes", {"dtype": "int8"}),
         ("forward_flops", {"length": -1}),
         ("tokens_per_second", {"tokens": 0}),
+        ("tpot_ms", {"tokens": 1}),
+        ("peak_memory_bytes", {"phase": "sleep"}),
+        ("predicted_decode_ms", {"threads": 0}),
+        ("predicted_prefill_ms", {"length": 0}),
     ],
 )
 def test_nonsense_is_refused_with_its_field(

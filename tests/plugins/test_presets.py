@@ -14,8 +14,8 @@ from workbench.api import describe, preset_table
 from workbench.builder import Builder
 from workbench.errors import PluginError
 from workbench.layout import Block, Layout
+from workbench.preset import interleave
 from workbench_placement.mixed import Periodic
-from workbench_presets.stacks import interleave
 
 DOCUMENTED = {
     "mamba-glm-tiny": "300M", "mamba-glm-small": "1.5B",

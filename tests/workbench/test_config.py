@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -82,6 +84,23 @@ def test_declared_fields() -> None:
     assert declared["name"].domain is None
     assert declared["mixers"].domain == PerLayer(Mixer("attention"))
     assert fields_of(NoConfig) == {}
+
+
+def test_what_is_declared_is_read_once_and_cannot_be_spoilt() -> None:
+    declared = fields_of(Everything)
+    assert all(again is declared[name] for name, again in fields_of(Everything).items())
+    declared.clear()
+    assert fields_of(Everything)["width"].required
+
+
+def test_a_config_class_that_nobody_needs_any_more_goes() -> None:
+    """A dashboard loads plugins anew for days."""
+    config = dataclasses.make_dataclass("Gone", [("width", int, 1)], frozen=True)
+    assert fields_of(config)["width"].default == 1
+    gone = weakref.ref(config)
+    del config
+    gc.collect()
+    assert gone() is None
 
 
 def test_defaults_are_filled_in_and_factories_called() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -104,11 +105,132 @@ def test_two_patches_in_a_row_are_both_seen() -> None:
         assert name in change.what
 
 
-def test_one_plugin_may_not_patch_another(strangers: types.ModuleType) -> None:
-    guard, forward, scan = Guard([strangers.__name__]), strangers.Mixer.forward, strangers.scan
-    strangers.Mixer.forward = strangers.scan = other
-    assert len(guard.restore()) == 2
+@pytest.fixture(scope="module")
+def vandals() -> types.ModuleType:
+    """A second plugin's package."""
+    module = types.ModuleType("vandals_plugin")
+    exec("def scan(*args): return 3\nclass Scan:\n    def __call__(self): return 4", vars(module))
+    return module
+
+
+VALUES: dict[str, Callable[[types.ModuleType], Any]] = {
+    "a function": lambda plugin: plugin.scan,
+    "a class": lambda plugin: plugin.Scan,
+    "an object": lambda plugin: plugin.Scan(),
+    "a method": lambda plugin: types.MethodType(plugin.scan, 1),
+    "a static method": lambda plugin: staticmethod(plugin.scan),
+    "a property": lambda plugin: property(plugin.scan),
+    "a part": lambda plugin: functools.partial(functools.partial(plugin.scan, 1), 2),
+    "something wrapped": lambda plugin: torch.no_grad()(plugin.scan),
+    "something kept": lambda plugin: functools.lru_cache(plugin.scan),
+    "a module": lambda plugin: plugin,
+}
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES.keys())
+def test_one_plugin_may_not_patch_another(
+    strangers: types.ModuleType, vandals: types.ModuleType, value: Callable[..., Any]
+) -> None:
+    guard = Guard([strangers.__name__, vandals.__name__])
+    forward, scan = strangers.Mixer.forward, strangers.scan
+    strangers.Mixer.forward = strangers.scan = value(vandals)
+    changes = guard.restore()
+    assert [change.module for change in changes] == [vandals.__name__] * 2
     assert (strangers.Mixer.forward, strangers.scan) == (forward, scan)
+
+
+def test_nor_may_it_shadow_what_another_inherits(
+    strangers: types.ModuleType, vandals: types.ModuleType
+) -> None:
+    exec("class Fast(Mixer): pass", vars(strangers))
+    guard = Guard([strangers.__name__, vandals.__name__])
+    strangers.Fast.forward = vandals.scan
+    assert len(guard.restore()) == 1
+    assert strangers.Fast.forward is strangers.Mixer.forward
+
+
+def test_nor_may_it_hand_out_what_is_the_workbenchs(strangers: types.ModuleType) -> None:
+    guard = Guard([strangers.__name__])
+    strangers.scan = guarded
+    (change,) = guard.restore()
+    assert change.what.startswith("strangers_plugin.scan became guarded (workbench.guard")
+
+
+def test_a_module_that_took_anothers_place_is_watched(
+    strangers: types.ModuleType, vandals: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a file of a plugin folder, which is loaded anew with each builder."""
+    guard = Guard([strangers.__name__, vandals.__name__])
+    new = types.ModuleType(strangers.__name__)
+    exec("def scan(): return 5", vars(new))
+    monkeypatch.setitem(sys.modules, new.__name__, new)
+    assert guard.restore() == []
+    new.scan = vandals.scan
+    assert len(guard.restore()) == 1
+    assert new.scan() == 5
+
+
+LAZY = """
+import types
+
+def scan(x): return x
+
+class Mixer:
+    kernel = scan
+
+def use_theirs(function):
+    global scan
+    scan = Mixer.kernel = function
+
+def use_none():
+    global scan
+    scan = None
+
+def use_nothing():
+    global scan
+    del scan
+"""
+FOUND = {
+    "torch's": lambda: F.scaled_dot_product_attention,
+    "a third package's": lambda: numpy.linalg.norm,
+    "a class": lambda: numpy.ndarray,
+    "a part": lambda: functools.partial(numpy.linalg.norm, axis=0),
+    "a module": lambda: numpy.linalg,
+}
+
+
+@pytest.mark.parametrize("found", FOUND.values(), ids=FOUND.keys())
+def test_a_plugin_may_fall_back_to_a_third_package(
+    monkeypatch: pytest.MonkeyPatch, vandals: types.ModuleType, found: Callable[[], Any]
+) -> None:
+    """At its first use it looks for a faster function, and puts that in its own one's place."""
+    module = types.ModuleType("lazy_plugin")
+    exec(LAZY, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    guard = Guard([module.__name__, vandals.__name__])
+    module.use_theirs(found())
+    assert guard.restore() == []
+    assert module.scan == module.Mixer.kernel == found() or isinstance(found(), functools.partial)
+    module.use_none()
+    assert guard.restore() == []
+    module.scan = module.use_none
+    guard.restore()
+    module.use_nothing()
+    assert guard.restore() == []
+    module.scan = module.Mixer.kernel = found()
+    guard.restore()
+    module.scan = vandals.scan
+    assert len(guard.restore()) == 1, "what was found is watched in its turn"
+
+
+def test_who_put_a_third_packages_function_there_is_not_seen(strangers: types.ModuleType) -> None:
+    """As the guard's docstring says: by the plugin itself, or by another, it looks the same."""
+    guard, scan = Guard([strangers.__name__, "vandals_plugin"]), strangers.scan
+    source = "import numpy, strangers_plugin\nstrangers_plugin.scan = numpy.sum"
+    exec(source, {"__name__": "vandals_plugin"})
+    assert guard.restore() == []
+    strangers.scan = scan
+    guard.restore()
 
 
 def test_a_plugin_may_change_itself(strangers: types.ModuleType) -> None:
@@ -192,6 +314,30 @@ def test_random_generators_are_put_back_and_that_is_no_fault() -> None:
     random.seed(3), numpy.random.seed(3), torch.manual_seed(3)
     assert guard.restore() == []
     assert (random.random(), numpy.random.rand(), float(torch.rand(()))) == expected
+
+
+SEEDS = """
+import sys
+from workbench.guard import Guard
+import torch
+is_new = "numpy.random" not in sys.modules  # older versions of numpy import it at once
+guard = Guard()
+assert is_new == ("numpy.random" not in sys.modules), "nobody needs it yet"
+drawn = []
+for _ in range(2):
+    import numpy
+    numpy.random.seed(3)
+    assert guard.restore() == []
+    drawn.append(numpy.random.rand())
+assert (drawn[0] != drawn[1]) == is_new, "either seeded afresh, or put back"
+"""
+
+
+def test_a_generator_that_was_not_there_yet_is_fresh_again(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SEEDS], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_warnings_stay_warnings() -> None:

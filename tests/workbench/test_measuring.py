@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import time
@@ -15,15 +16,22 @@ from torch import Tensor
 
 from workbench import measuring
 from workbench.builder import Builder
-from workbench.errors import FieldError, WorkbenchError
+from workbench.errors import FieldError, UnknownNameError, WorkbenchError
+from workbench.layer import State
 from workbench.layout import Block, Layout
 from workbench.measuring import (
+    ProcessorClock,
     Timing,
     decode_time,
+    eager,
+    first_token_time,
+    memory_peak,
     peak_memory,
     prefill_time,
+    stepper_of,
     time_calls,
 )
+from workbench.measuring_generation import generation_time
 from workbench.model import HybridLM
 from workbench.testing.toys import ToyMixer, toy_builder
 
@@ -150,14 +158,36 @@ def test_a_device_without_a_known_clock_is_refused() -> None:
         time_calls(lambda: None, device="meta")
 
 
+def test_processor_time_leaves_out_what_was_waited_for() -> None:
+    def asleep_then_busy() -> None:
+        time.sleep(0.01)
+        end = time.process_time() + 0.002
+        while time.process_time() < end:
+            pass
+
+    timing = time_calls(
+        asleep_then_busy, device="cpu", repeats=5, min_seconds=0, clock=ProcessorClock
+    )
+    assert 0.002 <= timing.p10 <= timing.median < 0.008
+
+
 def test_peak_memory_is_refused_where_nothing_counts_it() -> None:
     called: list[int] = []
-    with pytest.raises(WorkbenchError, match="peak memory cannot be measured on 'cpu'"):
-        peak_memory(lambda: called.append(1), "cpu")
+    for peak in (peak_memory, memory_peak):
+        with pytest.raises(WorkbenchError, match="peak memory cannot be measured on 'cpu'"):
+            peak(lambda: called.append(1), "cpu")
     assert not called
 
 
 # Models
+
+
+@dataclasses.dataclass
+class Seen(State):
+    """How many tokens a state has seen, once as a tensor and once not."""
+
+    tokens_B: Tensor
+    count: int = 0
 
 
 class Diary(HybridLM):
@@ -172,23 +202,27 @@ class Diary(HybridLM):
 
     def init_state(self, batch_size: int, max_length: int, **factory: Any) -> list[Any]:
         self.max_lengths.add(max_length)
-        return [{"seen": torch.zeros((), dtype=torch.long)}]
+        return [Seen(torch.zeros(batch_size, dtype=torch.long))]
 
     def prefill(self, tokens_BT: Tensor, states: Any, *rest: Any) -> Tensor:
         assert torch.is_inference_mode_enabled()
         assert not self.training
         self.prefills.append(tokens_BT)
-        self.lengths.append(int(states[0]["seen"]))
-        states[0]["seen"] += tokens_BT.shape[1]
-        return torch.zeros(())
+        return self._see(states[0], tokens_BT.shape[1])
 
     def step(self, tokens_B: Tensor, states: Any) -> Tensor:
         assert torch.is_inference_mode_enabled()
         assert not self.training
         self.steps.append(tokens_B)
-        self.lengths.append(int(states[0]["seen"]))
-        states[0]["seen"] += 1
-        return torch.zeros(())
+        return self._see(states[0], 1)
+
+    def _see(self, state: Seen, tokens: int) -> Tensor:
+        """Note what the state says, and score highest the token that is the context's length."""
+        assert state.tokens_B.tolist() == [state.count] * len(state.tokens_B)
+        self.lengths.append(state.count)
+        state.tokens_B += tokens
+        state.count += tokens
+        return torch.nn.functional.one_hot(state.tokens_B % 50, 50).float()
 
 
 def diary() -> Diary:
@@ -217,6 +251,55 @@ def test_every_prefill_starts_from_an_empty_state() -> None:
     assert model.max_lengths == {9}
 
 
+def test_a_stepper_is_given_the_filled_states_and_takes_every_step() -> None:
+    model = diary()
+    made: list[list[Seen]] = []
+
+    def stepper(model: HybridLM, states: list[Any], batch_size: int) -> Callable[[Tensor], Tensor]:
+        assert [state.count for state in states] == [12]
+        made.append(states)
+        tensor_B = states[0].tokens_B
+
+        def step(tokens_B: Tensor) -> Tensor:
+            # A graph's buffers: the very tensors that were there at the start.
+            assert states[0].tokens_B is tensor_B
+            return eager(model, states, batch_size)(tokens_B)
+
+        return step
+
+    decode_time(model, 2, 12, tokens=3, warmup=0, min_seconds=0, stepper=stepper)
+    assert len(made) == 1
+    expected = itertools.cycle(range(12, 15))
+    assert model.lengths[1:] == list(itertools.islice(expected, len(model.steps)))
+
+
+def test_steps_from_restored_states_are_the_same_steps(
+    builder: Builder, small_layout: Layout
+) -> None:
+    model = builder.build(small_layout).eval()
+    prompt_BT, token_B = torch.randint(64, (2, 9)), torch.tensor([1, 2])
+    with torch.inference_mode():
+        filled = model.init_state(2, 16)
+        model.prefill(prompt_BT, filled)
+        states = copy.deepcopy(filled)
+        first = [model.step(token_B, states) for _ in range(3)]
+        for state, before in zip(states, filled, strict=True):
+            state.restore(before)
+        again = [model.step(token_B, states) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_ways_to_run_steps_have_names() -> None:
+    assert stepper_of("auto", "cpu") == stepper_of("eager", "cuda") == ("eager", eager)
+    assert stepper_of("auto", "cuda")[0] == stepper_of("cuda-graph", "cpu")[0] == "cuda-graph"
+    with pytest.raises(UnknownNameError, match="unknown way to run steps 'quick'"):
+        stepper_of("quick", "cpu")
+    _, captured = stepper_of("cuda-graph", "cpu")
+    with pytest.raises(WorkbenchError, match="cannot be captured"):
+        decode_time(toy(), 1, 4, stepper=captured)
+
+
 def test_tokens_come_from_the_seed_alone() -> None:
     models = [diary() for _ in range(3)]
     for model, seed, noise in zip(models, (1, 1, 2), (11, 12, 13), strict=True):
@@ -232,6 +315,8 @@ def test_tokens_come_from_the_seed_alone() -> None:
 MEASURES: dict[str, Callable[[HybridLM], Timing]] = {
     "decode": lambda model: decode_time(model, 2, 8, tokens=4, min_seconds=0),
     "prefill": lambda model: prefill_time(model, 2, 8, min_seconds=0),
+    "first token": lambda model: first_token_time(model, 2, 8, min_seconds=0),
+    "generation": lambda model: generation_time(model, 2, 8, 4, min_seconds=0).total,
 }
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli import interrupts
 from workbench.cli.common import (
     Column,
     Json,
     PluginDirs,
-    builder,
+    as_options,
     count,
     print_json,
     print_table,
@@ -23,13 +24,15 @@ from workbench.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from workbench.testing.checking import Check, Subject
+    from workbench.testing.subject import Check, Subject
 
 EXAMPLES = """\
   workbench check-plugin my-mixer
   workbench check-plugin my_layers/token_shift.py --only causality
+  workbench check-plugin my-mixer --timeout 600
   workbench check-plugin mamba --only 'gradients or costs' --json"""
 FAILED = 1
+TIMEOUT = 120.0
 
 
 def check_plugin(
@@ -44,6 +47,9 @@ def check_plugin(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Test file whose suites are taken; repeatable."),
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of one check; one that takes longer failed.")
+    ] = TIMEOUT,
     plugin_dir: PluginDirs = None,
     json: Json = False,
 ) -> None:
@@ -51,14 +57,20 @@ def check_plugin(
 
     Runs the contract suite of each layer, placement, quantizer, metric, data source, exporter and
     preset that it registers, with configs derived from defaults and search ranges, or with those
-    of suites in its own tests. Exit status 1 if a check failed.
+    of suites in its own tests. All of it happens in a process of its own: a check that ends that
+    process, or hangs, has failed, and the rest run in another. Exit status 1 if a check failed.
     """
-    from workbench.testing.checking import own_tests, run_checks
+    from workbench.testing.checking import check_package
 
-    subject = _subject(package, plugin_dir or [])
+    _refuse_no_time(timeout)
+    name, folders = _named(package, plugin_dir or [])
     started = time.monotonic()
-    checks = run_checks(subject, tests or own_tests(subject), only)
+    with interrupts.explained("No results are kept; --only runs fewer checks."):
+        report = check_package(
+            name, plugin_dirs=folders, tests=tests or (), only=only, timeout=timeout
+        )
     seconds = time.monotonic() - started
+    subject, checks = report.subject, report.checks
     failed = [check for check in checks if check.outcome == "failed"]
     if json:
         print_json(_report(subject, checks, seconds))
@@ -68,9 +80,18 @@ def check_plugin(
         raise typer.Exit(FAILED)
 
 
-def _subject(package: str, plugin_dirs: list[Path]) -> Subject:
+def _refuse_no_time(timeout: float) -> None:
+    from workbench.errors import FieldError
+
+    with as_options():
+        if not 0 < timeout < float("inf"):
+            raise FieldError("timeout", f"{timeout:g} s are no time for a check: {TIMEOUT:g} are")
+
+
+def _named(package: str, plugin_dirs: list[Path]) -> tuple[str, list[str]]:
+    """The name of what is to be checked, and the folders whose files are plugins."""
     from workbench.errors import WorkbenchError
-    from workbench.testing.checking import distribution_of, find_subject
+    from workbench.testing.subject import distribution_of
 
     path = Path(package)
     if path.suffix == ".py":
@@ -79,8 +100,7 @@ def _subject(package: str, plugin_dirs: list[Path]) -> Subject:
         package, plugin_dirs = path.stem, [*plugin_dirs, path.resolve().parent]
     elif (path / "pyproject.toml").is_file():
         package = distribution_of(path)
-    folders = [str(folder.resolve()) for folder in plugin_dirs]
-    return find_subject(package, builder(plugin_dirs), folders)
+    return package, [str(folder.resolve()) for folder in plugin_dirs]
 
 
 def _report(subject: Subject, checks: Sequence[Check], seconds: float) -> dict[str, Any]:
@@ -116,11 +136,13 @@ def _print(
                 ),
             ]
         )
-    for (_, _), group in groupby(failed, key):
-        _print_failure(list(group))
-    for check in checks:
-        if check.outcome == "skipped":
-            say(f"{check.thing} was not checked: {check.message}\n  Mend: {check.mend}\n")
+    alike: dict[tuple[Any, ...], list[list[Check]]] = {}
+    for _, group in groupby(failed, key):
+        row = list(group)
+        alike.setdefault(_finding(row[0]), []).append(row)
+    for found in alike.values():
+        _print_failure(*found)
+    _print_skipped([check for check in checks if check.outcome == "skipped"])
     if not checks:
         say(f"{subject.name} registers nothing: a hook must call register(name, thing).")
     passed = sum(check.outcome == "passed" for check in checks)
@@ -131,6 +153,22 @@ def _print(
     )
 
 
+def _print_skipped(skipped: Sequence[Check]) -> None:
+    """Things without configs, each with what would mend that; then what was not run, by reason."""
+    left: dict[tuple[str, str], list[str]] = {}
+    for check in skipped:
+        if check.mend:
+            say(f"{check.thing} was not checked: {check.message}\n  Mend: {check.mend}\n")
+        else:
+            left.setdefault((check.thing, check.message), []).append(check.check)
+    for (thing, reason), names in left.items():
+        say(f"{thing}: {reason} ({_listed(names)})\n")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(name.replace("_", " ") for name in dict.fromkeys(names))
+
+
 def _outcome(row: Sequence[Check]) -> str:
     failed = sum(check.outcome == "failed" for check in row)
     if failed:
@@ -138,8 +176,13 @@ def _outcome(row: Sequence[Check]) -> str:
     return row[0].outcome
 
 
-def _print_failure(checks: Sequence[Check]) -> None:
-    """The first failure of a check; the others fail alike, with other configs."""
+def _finding(check: Check) -> tuple[Any, ...]:
+    """What is one finding in however many checks."""
+    return check.thing, check.message, check.file, check.line, check.mend
+
+
+def _print_failure(checks: Sequence[Check], *others: Sequence[Check]) -> None:
+    """The first failure of a check; its other configs fail alike, and so do the other checks."""
     first = checks[0]
     case = f" [{first.case}]" if first.case else ""
     say(f"{first.thing}: {first.check.replace('_', ' ')}{case} FAILED")
@@ -150,4 +193,6 @@ def _print_failure(checks: Sequence[Check]) -> None:
     say(f"  mend:      {first.mend}")
     if len(checks) > 1:
         say(f"  also with: {'; '.join(check.case for check in checks[1:])}")
+    if others:
+        say(f"  also in:   {_listed(row[0].check for row in others)}")
     print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from workbench.cli.common import Json, PluginDirs, builder, count, print_json, print_table, say
@@ -21,6 +22,7 @@ KERNELS = {
 
 def doctor(plugin_dir: PluginDirs = None, json: Json = False) -> None:
     """Check device, versions, kernels and plugins."""
+    from workbench import kernels
     from workbench.environment import available_memory, environment, resolve_device
 
     device = resolve_device("auto")
@@ -30,7 +32,12 @@ def doctor(plugin_dir: PluginDirs = None, json: Json = False) -> None:
         "available_memory": available_memory(device),
         "plugins": sorted(plugins.loaded),
         "failed_plugins": {name: f.reason for name, f in plugins.failures.items()},
-        "layer_backend": "torch",
+        "backends": [dataclasses.asdict(status) for status in kernels.statuses()],
+        "demanded_backends": {
+            name: wanted
+            for name in kernels.operations()
+            if (wanted := kernels.preference(name)) is not None
+        },
     }
     if json:
         print_json(report)
@@ -54,13 +61,39 @@ def _print(report: dict[str, Any]) -> None:
             Column(heading="for", cells=[KERNELS.get(name, "") for name in versions]),
         ]
     )
-    say("Layers run on torch: fast CPU scans, SDPA attention; CUDA devices work, unfused.")
-    missing = [name for name in KERNELS if versions[name] is None]
-    if missing and report["device"] == "cuda":
-        say(
-            f"Not installed: {', '.join(missing)}. "
-            "pip install --no-build-isolation 'lm-workbench[cuda]'"
-        )
+    _print_backends(report)
     say(f"Plugins: {', '.join(report['plugins'])}")
     for name, reason in report["failed_plugins"].items():
         say(f"Plugin {name!r} did not load: {reason}. workbench plugins --traceback shows where.")
+
+
+def _print_backends(report: dict[str, Any]) -> None:
+    """A row a backend of each operation, the preferred first; one line without a CUDA device."""
+    rows = report["backends"]
+    names = list(dict.fromkeys(row["operation"] for row in rows))
+    if report["device"] != "cuda":
+        say(f"No CUDA device: everything runs on torch ({', '.join(names)}).")
+        return
+    by_operation = [row for name in names for row in rows if row["operation"] == name]
+    print_table(
+        [
+            Column(heading="operation", cells=[row["operation"] for row in by_operation]),
+            Column(heading="backend", cells=[row["backend"] for row in by_operation]),
+            Column(
+                heading="works", cells=["yes" if row["works"] else "no" for row in by_operation]
+            ),
+            Column(
+                heading="why not, and what to do",
+                cells=[_advice(row) for row in by_operation],
+                fit="wrap",
+            ),
+        ]
+    )
+    for name, wanted in report["demanded_backends"].items():
+        say(f"WORKBENCH_BACKENDS demands {wanted} of {name}.")
+
+
+def _advice(row: dict[str, Any]) -> str:
+    if row["works"]:
+        return ""
+    return f"{row['reason']}; {row['install']}" if row["install"] else str(row["reason"])

@@ -20,12 +20,13 @@ from workbench.cli.common import (
 
 if TYPE_CHECKING:
     from workbench.data import DataSource
-    from workbench.generation import SamplingConfig
     from workbench.model import HybridLM
 
 EXAMPLES = """\
   workbench generate quickstart:7 --prompt 'def main(' --max-new-tokens 200
   workbench generate quickstart:7 --prompt 'import ' --temperature 0 --json"""
+
+LONG = 128  # new tokens from which on capturing a decode step pays for itself
 
 # A model of bytes may emit any; on a terminal control characters are commands.
 CONTROLS = {
@@ -47,6 +48,13 @@ def generate(
         float, typer.Option(metavar="P", help="The smallest set with this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
+    capture: Annotated[
+        bool | None,
+        typer.Option(
+            "--capture/--no-capture",
+            help=f"Replay steps as a CUDA graph; from {LONG} tokens on where that works.",
+        ),
+    ] = None,
     device: Device = "auto",
     runs: Runs = None,
     plugin_dir: PluginDirs = None,
@@ -66,9 +74,14 @@ def generate(
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     model, data = _open(trial, device, tuple(plugin_dir or ()), runs)
     show = _Shown(silent=json)
-    made = _continue(model, data, prompt, max_new_tokens, sampling, seed, show)
+    options = {
+        "config": sampling,
+        "seed": seed,
+        "capture": _captures(model, max_new_tokens) if capture is None else capture,
+    }
+    made = _continue(model, data, prompt, max_new_tokens, show, **options)
     if json:
-        print_json({"prompt": prompt, **made, "seed": seed})
+        print_json({"prompt": prompt, **made, "seed": seed, "captured": options["capture"]})
     else:
         sys.stdout.write("\n")
 
@@ -93,11 +106,14 @@ def _continue(
     data: DataSource,
     prompt: str,
     max_new_tokens: int,
-    sampling: SamplingConfig,
-    seed: int,
     show: _Shown,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Show the prompt and what follows it; the text and tokens that were added."""
+    """Show the prompt and what follows it; the text and tokens that were added.
+
+    Args:
+        options: of `generation.stream`.
+    """
     import torch
 
     from workbench.generation import TextStream, stream
@@ -106,10 +122,19 @@ def _continue(
     prompt_BT = torch.tensor([ids], device=model.device)
     text = TextStream(data.decode, ids)
     show(prompt)
-    for token_B in stream(model, prompt_BT, max_new_tokens, config=sampling, seed=seed):
+    for token_B in stream(model, prompt_BT, max_new_tokens, **options):
         show(text.push(int(token_B[0])))
     show(text.finish())
     return {"text": show.text[len(prompt) :], "tokens": text.tokens}
+
+
+def _captures(model: HybridLM, max_new_tokens: int) -> bool:
+    """Whether a decode step is worth capturing, and can be."""
+    from workbench.decoding import why_not_captured
+
+    if model.device.type != "cuda" or max_new_tokens < LONG:
+        return False
+    return not why_not_captured(model, model.init_state(1, max_new_tokens))
 
 
 def _check_prompt(prompt: str) -> None:

@@ -102,6 +102,7 @@ class RichReporter(Reporter):
             self.current, total=None, visible=True, description=f"trial {number}", note=""
         )
         self.pulse.begin(number)
+        self.trial_phase(number, "starting")  # its worker, which takes seconds
 
     def trial_phase(self, number: int, phase: str) -> None:
         self.phase = phase
@@ -177,7 +178,7 @@ class _Count(MofNCompleteColumn):
 
 
 class _Elapsed(TimeElapsedColumn):
-    """Time since a task began, also after its bar is full: a trial is validated then."""
+    """Time since a task began, also after its bar is full: a trial is evaluated then."""
 
     def render(self, task: Task) -> Text:
         return Text(str(timedelta(seconds=int(task.elapsed or 0))), style="progress.elapsed")

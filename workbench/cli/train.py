@@ -63,6 +63,19 @@ def train(
     precision: Annotated[
         str, typer.Option(metavar="DTYPE", help="Of autocast: float32 or bfloat16.")
     ] = "float32",
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="The blocks; on a CUDA device alone.")
+    ] = True,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph/--no-cuda-graph", help="Replay steps; on a CUDA device alone."),
+    ] = True,
+    checkpoint_blocks: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-blocks", help="Keep no activations inside blocks: less memory, slower."
+        ),
+    ] = False,
     checkpoint_seconds: Annotated[
         float, typer.Option(metavar="SECONDS", help="Between checkpoints; 0 makes none.")
     ] = 30.0,
@@ -88,6 +101,9 @@ def train(
         "lr": lr,
         "optimizer": optimizer,
         "precision": precision,
+        "compile": "auto" if compile else "off",
+        "cuda_graph": "auto" if cuda_graph else "off",
+        "checkpoint_blocks": checkpoint_blocks,
         "checkpoint_seconds": checkpoint_seconds,
     }
     with as_options():
@@ -292,6 +308,7 @@ def _finish(
     from workbench.evaluation import evaluate
     from workbench.files import write_json
     from workbench.training import save_weights
+    from workbench.trial import backends_of
 
     config = run.config
     judged = evaluate(model, text, config.batch_size, config.seq_len)
@@ -300,6 +317,9 @@ def _finish(
         "source": run.source,
         "tokens": config.steps * config.batch_size * config.seq_len,
         "seconds": result.seconds,
+        "mode": result.mode,
+        "note": result.note,
+        "backend": backends_of(model, half=config.precision == "bfloat16"),
         "validation_loss": judged.loss,
         "bits_per_byte": None if judged.num_bytes is None else judged.bits_per_byte,
         "environment": environment(str(model.device)),

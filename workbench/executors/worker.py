@@ -45,6 +45,7 @@ def _open(job: Job) -> Any:
     import torch._dynamo  # seconds that the first optimizer would otherwise add to its trial
 
     from workbench.builder import default_builder
+    from workbench.identity import used_backends
     from workbench.trial import Workplace
 
     if job.config.runtime.threads is not None:
@@ -53,6 +54,7 @@ def _open(job: Job) -> Any:
         builder = default_builder(job.config.plugin_dirs)
     _refuse_changed(job, builder)
     place = Workplace(job.config, builder, job.device, job.cache_dir)
+    used_backends(place)  # probed now: what a library does at its import is no trial's doing
     if job.config.budget.memory_gb is not None:
         _limit_memory(job.config.budget.memory_gb)
     return place

@@ -36,6 +36,23 @@ def concerns(*members: str) -> Callable[[Test], Test]:
     return mark
 
 
+def speaks_for(member: str) -> Callable[[Test], Test]:
+    """Mark the contract test whose advice is given whenever that member raises, in any check."""
+
+    def mark(test: Test) -> Test:
+        test.speaks_for = member  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def spokesman(suite: type, member: str) -> Advice | None:
+    """The advice of the suite's test that speaks for a member; None if there is none."""
+    tests = (getattr(suite, name) for name in dir(suite) if name.startswith("test_"))
+    speaking = (test for test in tests if getattr(test, "speaks_for", None) == member)
+    return next(map(advice_of, speaking), None)
+
+
 def advice_of(test: Callable[..., Any]) -> Advice:
     """What a contract test tells; empty texts where its docstring does not."""
     holds, _, rest = (inspect.getdoc(test) or "").partition("\n")

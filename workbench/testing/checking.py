@@ -1,199 +1,238 @@
-"""Runs the contract suites on a plugin in a process of their own, and reads what they found."""
+"""Runs the contract suites on a package, in processes that its code may end."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from workbench.errors import UnknownNameError, WorkbenchError
-from workbench.testing.blame import last_own_line
+from workbench.discovery import DISABLE, GROUP
+from workbench.errors import WorkbenchError
+from workbench.testing import ends
+from workbench.testing.blame import own_frames
+from workbench.testing.check_process import Job
+from workbench.testing.subject import Check, Subject, is_meant
+from workbench.testing.watching import ERRORS, End, Watched
 
-if TYPE_CHECKING:
-    from workbench.builder import Builder
-
-MODULE = """from workbench.testing.derived_suites import suites
-
-globals().update(suites({plugins!r}, {plugin_dirs!r}))
-"""
-OUT = "WORKBENCH_CHECK_RESULTS"  # names the file that the process in between writes
-NOTHING_COLLECTED = 5  # exit statuses of pytest
-TESTS_FAILED = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Check:
-    """One check of one thing with one config.
-
-    Attributes:
-        thing: kind and name (`layer mamba`), or `plugin NAME` for its loading.
-        check: the contract test's name without `test_`.
-        case: the config, or another parameter of the test; empty if there is none.
-        outcome: `passed`, `failed` or `skipped`.
-        seconds: how long it took.
-        message: what was found, unless it passed.
-        file, line: where to look, if that is known.
-        holds: what must hold.
-        mend: what the author must change.
-    """
-
-    thing: str
-    check: str
-    case: str
-    outcome: str
-    seconds: float
-    message: str = ""
-    file: str | None = None
-    line: int | None = None
-    holds: str = ""
-    mend: str = ""
+LOADING = 300.0  # seconds to import torch and every plugin, and to collect the tests
+# Seconds that a thing's checks may take to end processes, or hang, in all; after that, those that
+# have a member in common with such a check are not run.
+PATIENCE = 120.0
+TESTS_FAILED, NOTHING_COLLECTED = 1, 5  # exit statuses of pytest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is checked: plugins by name, what they register, and those that did not load."""
+class Report:
+    """What was checked, and every check of every thing; what failed to load comes first."""
 
-    name: str
-    plugins: tuple[str, ...]
-    things: tuple[str, ...]
-    files: tuple[Path, ...]
-    plugin_dirs: tuple[str, ...]
-    failures: tuple[Check, ...]
+    subject: Subject
+    checks: tuple[Check, ...]
 
 
-def find_subject(name: str, builder: Builder, plugin_dirs: Sequence[str]) -> Subject:
-    """The plugins of a distribution, or the one with that entry point or of that file's stem.
+def check_package(
+    package: str,
+    *,
+    plugin_dirs: Sequence[str] = (),
+    tests: Sequence[Path] = (),
+    only: str | None = None,
+    timeout: float,
+) -> Report:
+    """Check all that a package registers. None of its code runs in this process.
 
-    Raises:
-        UnknownNameError: neither a package nor a plugin has that name.
-    """
-    loaded, failed = builder.plugins.loaded, builder.plugins.failures
-    named = {plugin: origin.package for plugin, origin in loaded.items()}
-    named |= {plugin: failure.package for plugin, failure in failed.items()}
-    wanted = tuple(
-        plugin
-        for plugin, package in named.items()
-        if name == plugin or (package and _normal(package) == _normal(name))
-    )
-    if not wanted:
-        known = {*named, *filter(None, named.values())}
-        raise UnknownNameError("package or plugin", name, known)
-    return Subject(
-        name=name,
-        plugins=wanted,
-        things=tuple(
-            f"{kind} {thing}"
-            for kind, registry in builder.registries().items()
-            for thing in registry
-            if registry.provenance(thing).plugin in wanted
-        ),
-        files=tuple(Path(loaded[plugin].file) for plugin in wanted if plugin in loaded),
-        plugin_dirs=tuple(plugin_dirs),
-        failures=tuple(
-            _not_loaded(plugin, failed[plugin].reason, failed[plugin].traceback)
-            for plugin in wanted
-            if plugin in failed
-        ),
-    )
-
-
-def _normal(package: str) -> str:
-    return package.lower().replace("_", "-").replace(".", "-")
-
-
-def _not_loaded(plugin: str, reason: str, traceback: str) -> Check:
-    file, line = last_own_line(traceback) or (None, None)
-    return Check(
-        thing=f"plugin {plugin}",
-        check="loads",
-        case="",
-        outcome="failed",
-        seconds=0.0,
-        message=reason,
-        file=file,
-        line=line,
-        holds="The plugin can be imported, and registers what it offers.",
-        mend="Correct the line named here; `workbench plugins --traceback` shows the way to it."
-        if traceback
-        else "Do as the message says.",
-    )
-
-
-def own_tests(subject: Subject) -> list[Path]:
-    """Test files beside the plugin's module or in a folder `tests` there, where it has any."""
-    found: list[Path] = []
-    for file in subject.files:
-        inside = (file.parent / "__init__.py").exists()
-        folder = file.parent.parent if inside else file.parent
-        if folder.name != "site-packages":
-            found += [*folder.glob("test_*.py"), *folder.glob("tests/test_*.py")]
-    return sorted({path.resolve() for path in found if "Contract" in path.read_text("utf-8")})
-
-
-def run_checks(
-    subject: Subject, tests: Sequence[Path] = (), only: str | None = None
-) -> list[Check]:
-    """Every check of every thing; those that failed to load come first.
+    A check that ends its process, or takes too long, has failed; the others run in a new one.
 
     Args:
-        tests: files whose contract suites go before the derived ones.
+        package: name of a distribution or plugin; a plugin file's is its stem.
+        plugin_dirs: folders whose files are plugins, too; absolute.
+        tests: files whose contract suites go before the derived ones; those beside the plugins'
+            modules if empty.
         only: pytest's `-k`: part of a name of a check or a thing, with `and`, `or`, `not`.
+        timeout: seconds a check.
 
     Raises:
-        WorkbenchError: pytest is not installed, `only` selects nothing, or pytest ended badly.
+        WorkbenchError: nothing has that name, pytest is not installed, `only` selects nothing, or
+            pytest ended badly.
     """
     if importlib.util.find_spec("pytest") is None:
         raise WorkbenchError(
             "check-plugin needs pytest, which is not installed: pip install 'lm-workbench[testing]'"
         )
-    if not subject.things:
-        return list(subject.failures)
-    with tempfile.TemporaryDirectory(prefix="workbench-check-") as name:
-        folder = Path(name)
-        module, results = folder / "test_check.py", folder / "results.jsonl"
-        module.write_text(
-            MODULE.format(plugins=subject.plugins, plugin_dirs=subject.plugin_dirs), "utf-8"
+    files = [str(path.resolve()) for path in tests]
+    job = Job(package=package, plugin_dirs=list(plugin_dirs), tests=files, only=only)
+    with tempfile.TemporaryDirectory(prefix="workbench-check-") as folder:
+        session = _Session(job, timeout, Path(folder))
+        session.run()
+    return session.report()
+
+
+class _Session:
+    """One process after another, until everything has an outcome.
+
+    Each that ends early is the last for something: a check, a thing or a plugin.
+    """
+
+    def __init__(self, job: Job, timeout: float, folder: Path) -> None:
+        self.job = job
+        self.timeout = timeout
+        self.folder = folder
+        self.subject: Subject | None = None
+        self.order: dict[str, int] = {}  # of the tests, as the first process collected them
+        self.outcomes: dict[str, Check] = {}  # by the test's id
+        self.ends: list[dict[str, Any]] = []  # the checks that ended a process, as they began
+        # Seconds by thing: those checks', and what it took to begin anew.
+        self.lost: defaultdict[str, float] = defaultdict(float)
+        self.left_out: dict[str, Check] = {}  # by thing
+        self.unloadable: dict[str, Check] = {}  # by plugin
+        self.phase = "loading"
+        self.told: dict[str, Any] = {}  # the event that began the phase
+        self.last_words = ""  # of the process that ended
+        self.begun, self.collected, self.since = 0.0, 0.0, 0.0  # on the clock
+
+    def run(self) -> None:
+        while (end := self._process()) is not None:
+            match self.phase:
+                case "loading" if self._blame_plugins(end):
+                    continue
+                case "loading":
+                    return
+                case "deriving":
+                    self.left_out[self.told["thing"]] = ends.of_deriving(end, self.told)
+                case "started":
+                    seconds = time.monotonic() - self.since
+                    self.outcomes[self.told["id"]] = ends.of_check(end, self.told, seconds)
+                    members = ends.concerned(end, self.told)
+                    self.ends.append(self.told | {"concerns": members})
+                    self.lost[self.told["thing"]] += seconds + self.collected - self.begun
+                case _:
+                    raise WorkbenchError(
+                        f"the tests could not be collected: the process {end.how}{self.last_words}"
+                    )
+
+    def report(self) -> Report:
+        last = len(self.order)
+        ids = sorted(self.outcomes, key=lambda name: self.order.get(name, last))
+        subject = self.subject or Subject(name=self.job.package, plugins=())
+        plugins = (*subject.plugins, *self.unloadable)
+        failures = (*subject.failures, *self.unloadable.values(), *self.left_out.values())
+        checks = (*failures, *(self.outcomes[name] for name in ids))
+        return Report(subject=dataclasses.replace(subject, plugins=plugins), checks=checks)
+
+    def _process(self) -> End | None:
+        """Run one process to its end; None if it had told everything by then."""
+        job = dataclasses.replace(
+            self.job,
+            done=list(self.outcomes),
+            ends=self.ends,
+            exhausted=[thing for thing, seconds in self.lost.items() if seconds > PATIENCE],
+            left_out=list(self.left_out),
         )
-        (folder / "pytest.ini").write_text("[pytest]\n", "utf-8")
-        command = [
-            *(sys.executable, "-m", "pytest", str(module), *map(str, tests)),
-            *("-c", str(folder / "pytest.ini"), "--rootdir", str(folder)),
-            *("-p", "workbench.testing.results", "-p", "no:cacheprovider"),
-            *("--import-mode=importlib", "-q", "--no-header", "--tb=short"),
-            *(("-k", only) if only else ()),
-        ]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, OUT: str(results)}
-        # Where the tests of a plugin file find it, as they do when pytest is run beside them.
-        paths = [*subject.plugin_dirs, os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        _refuse_bad_end(done, only)
-        lines = results.read_text("utf-8").splitlines() if results.exists() else []
-    return [*subject.failures, *(_check(json.loads(line)) for line in lines)]
+        self.begun = time.monotonic()
+        with self._started(job, self.unloadable) as process:
+            while True:
+                event = process.next(self._limit())
+                if isinstance(event, End):
+                    self.last_words = process.last_words()
+                    return event
+                if event["event"] == "finished":
+                    process.farewell()
+                    return self._judged(event["status"], process)
+                self._take(event, process)
+
+    def _started(self, job: Job, disabled: Iterable[str]) -> Watched:
+        self._enter("loading", {})
+        job.write(self.folder)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):  # the author's, for runs of their own
+            environment.pop(name, None)
+        environment[DISABLE] = ",".join(filter(None, (os.environ.get(DISABLE), *disabled)))
+        # -P: files of the folder that the user stands in must not shadow modules.
+        command = [sys.executable, "-P", "-m", "workbench.testing.check_process", str(self.folder)]
+        return Watched(command, self.folder, environment)
+
+    def _limit(self) -> float:
+        return self.timeout if self.phase in ("started", "deriving") else LOADING
+
+    def _enter(self, phase: str, told: dict[str, Any]) -> None:
+        self.phase, self.told, self.since = phase, told, time.monotonic()
+
+    def _take(self, event: dict[str, Any], process: Watched) -> None:
+        match event["event"]:
+            case "refused":
+                raise WorkbenchError(event["message"])
+            case "loaded":
+                if self.subject is None:
+                    sys.stderr.write(process.text(ERRORS))  # what plugins said while loading
+                    self.subject = Subject.from_dict(event["subject"])
+                self._enter("collecting", event)
+            case "collected":
+                self.collected = time.monotonic()
+                for name in event["ids"]:
+                    self.order.setdefault(name, len(self.order))
+            case "outcome":
+                before = self.outcomes.get(event["id"])
+                if before is None or before.outcome != "failed":  # else it fails in teardown, too
+                    self.outcomes[event["id"]] = Check(**event["check"])
+            case phase:
+                self._enter(phase, event)
+
+    def _judged(self, status: int, process: Watched) -> End | None:
+        """What it means that pytest returned this status."""
+        cut_short = self.phase == "started" and self.told["id"] not in self.outcomes
+        if cut_short or self.phase == "deriving":
+            return End(how="was interrupted from inside (KeyboardInterrupt, pytest.exit)")
+        if status in (0, TESTS_FAILED):
+            return None
+        if status == NOTHING_COLLECTED and (self.outcomes or self.left_out):
+            return None
+        if status == NOTHING_COLLECTED and self.job.only:
+            raise WorkbenchError(
+                f"--only {self.job.only!r} selects no check: leave it out to see them all"
+            )
+        raise WorkbenchError(f"pytest could not run the suites{process.last_words()}")
+
+    def _blame_plugins(self, end: End) -> bool:
+        """Find the package's plugins that end a process which loads them; whether others are left.
+
+        Raises:
+            WorkbenchError: it ends without them, too.
+        """
+        meant = {*_plugins_meant(self.job.package, self.job.plugin_dirs)} - {*self.unloadable}
+        if not meant or self._loads_without(meant) is not None:
+            frames = own_frames(end.stack, None)
+            where = "".join(f" (at {frame.file}:{frame.line})" for frame in frames[:1])
+            raise WorkbenchError(
+                f"the process that loads the plugins {end.how}{where}, and it is none of "
+                f"{self.job.package!r}: {DISABLE}=NAME leaves a plugin out{self.last_words}"
+            )
+        ended: dict[str, End] = {}
+        for plugin in sorted(meant):
+            how = end if len(meant) == 1 else self._loads_without(meant - {plugin})
+            if how is not None:
+                ended[plugin] = how
+        for plugin, how in (ended or dict.fromkeys(sorted(meant), end)).items():
+            self.unloadable[plugin] = ends.of_loading(how, plugin)
+        return not meant <= {*self.unloadable}
+
+    def _loads_without(self, plugins: Iterable[str]) -> End | None:
+        """How a process ends that loads all plugins but these; None if it gets over that."""
+        job = dataclasses.replace(self.job, load_only=True)
+        with self._started(job, {*self.unloadable, *plugins}) as process:
+            event = process.next(LOADING)
+            return event if isinstance(event, End) else None
 
 
-def _check(record: dict[str, Any]) -> Check:
-    return Check(**record)
-
-
-def _refuse_bad_end(done: subprocess.CompletedProcess[str], only: str | None) -> None:
-    if done.returncode == NOTHING_COLLECTED and only:
-        raise WorkbenchError(f"--only {only!r} selects no check: leave it out to see them all")
-    if done.returncode not in (0, TESTS_FAILED):
-        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise WorkbenchError(f"pytest could not run the suites. Its last words:\n{words}")
-
-
-def distribution_of(folder: Path) -> str:
-    """The name of the project in a folder with a `pyproject.toml`."""
-    import tomllib
-
-    with (folder / "pyproject.toml").open("rb") as file:
-        return str(tomllib.load(file)["project"]["name"])
+def _plugins_meant(package: str, plugin_dirs: Sequence[str]) -> list[str]:
+    """The plugins that a name may stand for, found without loading any."""
+    files = [path.stem for folder in plugin_dirs for path in Path(folder).glob("*.py")]
+    named: dict[str, str | None] = dict.fromkeys(files)
+    for point in entry_points(group=GROUP):
+        named[point.name] = point.dist.name if point.dist else None
+    return [plugin for plugin, owner in named.items() if is_meant(package, plugin, owner)]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from workbench.builder import Builder
+from workbench.builder import Builder, default_builder
 from workbench.data import DataSource
 from workbench.errors import FieldError, WorkbenchError
 from workbench.layer import Layer
+from workbench.testing import events
+from workbench.testing.blame import own_files
 from workbench.testing.configs import ConfigContract
 from workbench.testing.data import DataSourceContract
 from workbench.testing.derived import UnderivableError, derived_configs
@@ -40,26 +42,39 @@ LARGEST = 1_000_000  # parameters: beyond, finite differences are no longer quic
 LOSSLESS = 1.0  # of a quantizer's outputs: how much its format may lose, its author's suite says
 
 
-def suites(plugins: Iterable[str], plugin_dirs: Sequence[str]) -> dict[str, type]:
-    """A test class for each thing that the plugins registered, by class name."""
-    builder, wanted = Builder.load(plugin_dirs), set(plugins)
+def suites(
+    plugins: Iterable[str], plugin_dirs: Sequence[str], left_out: Container[str] = ()
+) -> dict[str, type]:
+    """A test class for each thing that the plugins registered, by class name.
+
+    Args:
+        left_out: labels of things (`layer mamba`) that get none.
+    """
+    builder, wanted = default_builder(tuple(plugin_dirs)), set(plugins)
     found = {}
     for kind, registry in builder.registries().items():
         for name in registry:
-            if registry.provenance(name).plugin in wanted:
-                suite = suite_of(kind, name, registry[name], builder)
+            if registry.provenance(name).plugin in wanted and _label(kind, name) not in left_out:
+                thing = registry[name]
+                events.tell("deriving", thing=_label(kind, name), own=str(own_files(thing)))
+                suite = suite_of(kind, name, thing, builder)
                 found[suite.__name__] = suite
+    events.tell("collecting")
     return found
+
+
+def _label(kind: str, name: str) -> str:
+    return f"{kind.removesuffix('s').replace('_', ' ')} {name}"
 
 
 def suite_of(kind: str, name: str, thing: Any, builder: Builder) -> type:
     """The contract suite of one thing.
 
     Where no config can be derived, its only test says so: skipped if the author's tests must
-    bring configs, failed if the search space itself is at fault.
+    bring configs, failed if the search space, or the thing's code, is at fault.
     """
     contract: Any = CONTRACTS[kind]
-    label = f"{kind.removesuffix('s').replace('_', ' ')} {name}"
+    label = _label(kind, name)
     attributes: dict[str, Any] = {contract.under_test: thing, "derived": label}
     bases: tuple[type, ...] = (contract,)
     try:
@@ -76,7 +91,7 @@ def suite_of(kind: str, name: str, thing: Any, builder: Builder) -> type:
                 attributes["configs"] = derived_configs(thing.Config, lambda config: True)
         if kind == "quantizers":
             attributes["max_error"] = LOSSLESS
-    except WorkbenchError as error:
+    except Exception as error:
         bases = (NoConfigs,)
         attributes |= {"under_test": contract.under_test, "refusal": error, "contract": contract}
     return type(f"Test{re.sub(r'[^A-Za-z0-9]+', '_', label).title()}", bases, attributes)
@@ -86,7 +101,7 @@ class NoConfigs:
     """Stands for a suite that has no configs to run with."""
 
     under_test: str
-    refusal: WorkbenchError
+    refusal: Exception
     contract: type[ConfigContract]
 
     def test_configs(self) -> None:
@@ -95,6 +110,8 @@ class NoConfigs:
         Mend: Give the field a default or a search range, or subclass the contract in a test file
         with `configs` of your own, and name that file with `--tests`.
         """
+        if not isinstance(self.refusal, WorkbenchError):
+            raise self.refusal
         text = f"{self.refusal}: no config to run {self.contract.__name__} with"
         if isinstance(self.refusal, UnderivableError):
             pytest.skip(text)

@@ -23,6 +23,7 @@ class Surroundings:
         self.layer = layer
         self.builder = builder
         self.d_model = d_model
+        self._needs_model: bool | None = None
 
     def attributes(self, found: Sequence[Any]) -> dict[str, Any]:
         """What a suite of the layer with these configs must set.
@@ -31,13 +32,19 @@ class Surroundings:
             UnderivableError: it needs an earlier block, and no installed layer will do.
         """
         possible = self.possible(found)
-        alone = bool(self.earlier(possible[0])) or self.runs_alone(possible[0])
         return {
             "name": self.name,
             "configs": possible,
             "earlier": lambda suite, config: self.earlier(config),
-            "in_model": not alone,
+            # Runs the layer, which may end the process: in a check, where that is its failure.
+            "in_model": property(lambda suite: self.needs_model(possible[0])),
         }
+
+    def needs_model(self, config: Any) -> bool:
+        """Whether the layer runs neither on an earlier block nor alone; found out once."""
+        if self._needs_model is None:
+            self._needs_model = not (self.earlier(config) or self.runs_alone(config))
+        return self._needs_model
 
     def possible(self, found: Sequence[Any]) -> list[Any]:
         """Those of the configs for which there is something to build on, if that is needed.
@@ -66,18 +73,15 @@ class Surroundings:
             UnderivableError: it needs an earlier block, and no installed layer will do.
         """
         own = self._block(self.name, config)
-        if self._source([own, own]) == 0:
+        if self._source(own, own) == 0:
             return [(self.name, self.layer, config)]
-        try:
-            self.layer.source(self.d_model, [own])
-        except FieldError as error:
-            refusal = error
-        else:
+        refusal = self._source(own)
+        if not isinstance(refusal, FieldError):
             return []
         for name in self.builder.layers:
             other = self.builder.layers[name]
             alike = None if other is self.layer else self._alike(other, own.config)
-            if alike is not None and self._source([self._block(name, alike), own]) == 0:
+            if alike is not None and self._source(self._block(name, alike), own) == 0:
                 return [(name, other, alike)]
         raise UnderivableError(
             refusal.field, f"{refusal.message} (no installed layer of the same fields will do)"
@@ -98,11 +102,12 @@ class Surroundings:
     def _block(self, name: str, config: Any) -> Block:
         return Block(layer=name, config=configs.to_dict(config))
 
-    def _source(self, blocks: Sequence[Block]) -> int | None:
+    def _source(self, *blocks: Block) -> Any:
+        """What `source` returns or raises; whether it may is for the check that is there for it."""
         try:
             return self.layer.source(self.d_model, blocks)
-        except FieldError:
-            return None
+        except Exception as error:
+            return error
 
     def _alike(self, other: type[Layer], values: dict[str, Any]) -> Any:
         declared = configs.fields_of(other.Config)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from .common import (
     Workspace,
@@ -81,7 +81,8 @@ def causal_conv1d(
         document_BT = torch.cat((first_BW, documents(seq_idx_BL)), 1)
 
     dtype = working_dtype(x_BLC)
-    y_BLC: Tensor = _ShiftedTaps.apply(  # type: ignore[no-untyped-call]
+    shifted_taps: Any = _sum_of_taps if x_BLC.is_cuda else _ShiftedTaps.apply
+    y_BLC: Tensor = shifted_taps(
         x_BLC.to(dtype),
         state_BWC[:, 1:].to(dtype),
         weight_CW.to(dtype).t().contiguous(),
@@ -89,11 +90,24 @@ def causal_conv1d(
         None if document_BT is None else _reach(document_BT, width, dtype),
     )
     y_BLC = silu(y_BLC) if activation else y_BLC
+    return y_BLC.to(x_BLC.dtype), last_inputs(x_BLC, initial_state_BCW, seq_idx_BL)
+
+
+def last_inputs(
+    x_BLC: Tensor, initial_state_BCW: Tensor, seq_idx_BL: Tensor | None = None
+) -> Tensor:
+    """The last W inputs of the last token's document, newest last: the state after x, `[B, C, W]`.
+
+    The arguments are `causal_conv1d`'s; inputs of other documents are zero.
+    """
+    width = initial_state_BCW.shape[2]
+    state_BWC = initial_state_BCW.to(x_BLC.dtype).transpose(1, 2)
     final_BWC = torch.cat((state_BWC, x_BLC[:, -width:]), 1)[:, -width:]
-    if document_BT is not None:
-        is_last_BW = document_BT[:, -width:] == document_BT[:, -1:]
-        final_BWC = final_BWC * is_last_BW.unsqueeze(2)
-    return y_BLC.to(x_BLC.dtype), final_BWC.transpose(1, 2).contiguous()
+    if seq_idx_BL is not None:
+        document_BL = documents(seq_idx_BL)
+        document_BW = pad(document_BL, (width, 0))[:, -width:]  # what was before is document 0
+        final_BWC = final_BWC * (document_BW == document_BL[:, -1:]).unsqueeze(2)
+    return final_BWC.transpose(1, 2).contiguous()
 
 
 def causal_conv1d_update(
@@ -132,6 +146,23 @@ def _reach(document_BT: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     length = current_BL.shape[1]
     taps = [document_BT[:, 1 + k : 1 + k + length] == current_BL for k in range(width)]
     return torch.stack(taps).unsqueeze(3).to(dtype)
+
+
+def _sum_of_taps(
+    x_BLC: Tensor,
+    head_BHC: Tensor,
+    weight_WC: Tensor,
+    bias_C: Tensor | None,
+    reach_WBL1: Tensor | None,
+) -> Tensor:
+    """`_ShiftedTaps` as a formula, which torch.compile makes one kernel of a pass of."""
+    padded_BTC = torch.cat((head_BHC, x_BLC), 1)
+    length = x_BLC.shape[1]
+    y_BLC = torch.zeros_like(x_BLC) if bias_C is None else bias_C.expand(x_BLC.shape)
+    for k, weight_C in enumerate(weight_WC.unbind()):
+        tap_BLC = padded_BTC[:, k : k + length] * weight_C
+        y_BLC = y_BLC + (tap_BLC if reach_WBL1 is None else tap_BLC * reach_WBL1[k])
+    return y_BLC
 
 
 def _blocks(x_BLC: Tensor) -> Iterator[slice]:

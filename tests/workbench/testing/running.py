@@ -1,8 +1,12 @@
-"""Runs a contract suite without pytest, to see which of its tests a faulty thing fails."""
+"""Runs a contract suite without pytest, to see which of its tests a faulty thing fails.
+
+And sees whether a process that was run is gone.
+"""
 
 from __future__ import annotations
 
 import inspect
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +42,16 @@ def failure(base: type[ConfigContract], test: str, folder: Path, **attributes: A
         except (Exception, pytest.fail.Exception) as error:
             return f"{type(error).__name__}: {error}"
     return ""
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, soon; a zombie has."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+import os
+from typing import Annotated, Any
 
 import pytest
 
@@ -130,10 +131,14 @@ def around(layer: type[Layer], *others: type[Layer]) -> Surroundings:
     return Surroundings("mine", layer, builder, 32)
 
 
+def suite_around(layer: type[Layer]) -> Any:
+    return type("Suite", (), around(layer).attributes([layer.Config()]))()
+
+
 def test_most_layers_build_on_nothing() -> None:
-    attributes = around(ToyMixer).attributes([ToyMixer.Config()])
-    assert (attributes["name"], attributes["in_model"]) == ("mine", False)
-    assert attributes["earlier"](None, ToyMixer.Config()) == []
+    suite = suite_around(ToyMixer)
+    assert (suite.name, suite.in_model) == ("mine", False)
+    assert suite.earlier(ToyMixer.Config()) == []
 
 
 def test_a_layer_that_builds_on_another_gets_one_that_it_accepts() -> None:
@@ -155,4 +160,28 @@ def test_a_layer_without_its_source_is_left_to_its_author() -> None:
 
 
 def test_a_layer_that_looks_back_at_the_embedding_is_tested_in_a_model() -> None:
-    assert around(LooksBack).attributes([LooksBack.Config()])["in_model"] is True
+    assert suite_around(LooksBack).in_model is True
+
+
+class EndsTheProcess(ToyMixer):
+    def forward(self, x_BTD, context=None, state=None):
+        os._exit(3)
+
+
+def test_nothing_runs_before_there_is_a_check_to_fail() -> None:
+    assert suite_around(EndsTheProcess).configs == [EndsTheProcess.Config()]
+
+
+@pytest.mark.parametrize("answer", [None, 0, 1, 2, -1, "first", TypeError("planted")])
+def test_a_source_of_whatever_faults_is_left_to_its_check(answer: object) -> None:
+    class Faulty(ToyMixer):
+        @classmethod
+        def source(cls, d_model, blocks):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    suite = suite_around(Faulty)
+    assert suite.configs == [Faulty.Config()]
+    # 0 is right with another of its kind below it, and it alone.
+    assert len(suite.earlier(Faulty.Config())) == (answer == 0)

@@ -30,6 +30,11 @@ def method(text: str) -> Edit:
     return METHODS, f"{text}\n\n{METHODS}"
 
 
+def source(body: str) -> Edit:
+    return method(f"    @classmethod\n    def source(cls, d_model, blocks):\n        {body}")
+
+
+SOURCE = "source_names_an_earlier_block"
 FAULTS: dict[str, tuple[str, tuple[Edit, ...]]] = {
     "leaks the future by one": ("causality", ((TAP, TAP.replace("here]", "here].roll(-1, 1)")),)),
     "leaks a faint mean": ("causality", ((OUT, f"{OUT} + 1e-6 * x_BTD.mean(1, keepdim=True)"),)),
@@ -241,6 +246,28 @@ FAULTS: dict[str, tuple[str, tuple[Edit, ...]]] = {
         "search_space_can_be_built",
         ((ALLOCATE, f"assert d_model < 100\n        {ALLOCATE}"),),
     ),
+    "a source that raises": (SOURCE, (source("return len(blocks) + None"),)),
+    "builds on itself": (SOURCE, (source("return len(blocks) - 1"),)),
+    "builds on a later block": (SOURCE, (source("return len(blocks)"),)),
+    "counts from the end": (SOURCE, (source("return -1 if len(blocks) > 1 else None"),)),
+    "names a block by its layer": (SOURCE, (source("return blocks[0].layer"),)),
+    "knows its own kind only": (
+        SOURCE,
+        (source("_ = [block.config['width'] for block in blocks]\n        return None"),),
+    ),
+    "writes to a block": (
+        SOURCE,
+        (source("blocks[-1].config['width'] = 2\n        return None"),),
+    ),
+    "keeps what it was asked": (
+        SOURCE,
+        (
+            source(
+                "cls.asked = getattr(cls, 'asked', 0) + 1\n"
+                "        return 0 if len(blocks) > 1 and cls.asked > 5 else None"
+            ),
+        ),
+    ),
     "a Config that is no data": (
         "config_is_plain_data",
         (
@@ -308,6 +335,11 @@ def test_each_fault_is_found_by_its_check(fault: str, tmp_path: Path) -> None:
         ("state changes its dtype", "after a prefill the state holds other tensors"),
         ("adds two dtypes in place", "self (BFloat16) and source (Float)"),
         ("allocates on the meta device", "on cpu"),
+        ("a source that raises", "TypeError: unsupported operand"),
+        ("builds on itself", "source of block 0 of (under-test) is 0, which is no earlier block"),
+        ("builds on a later block", "source of block 0 of (under-test) is 1, which is no"),
+        ("writes to a block", "source of block 0 of (under-test) changed the blocks"),
+        ("keeps what it was asked", "is None, and then 0"),
     ],
 )
 def test_what_was_found_is_named(fault: str, words: str, tmp_path: Path) -> None:

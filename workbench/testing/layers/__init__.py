@@ -7,11 +7,18 @@ from workbench.testing.layers.conduct import ConductTests
 from workbench.testing.layers.execution import ExecutionTests
 from workbench.testing.layers.exporting import ExportTests
 from workbench.testing.layers.outputs import OutputTests
+from workbench.testing.layers.sources import SourceTests
 from workbench.testing.layers.training import TrainingTests
 
 
 class LayerContract(
-    OutputTests, ConductTests, TrainingTests, ExecutionTests, BookkeepingTests, ExportTests
+    OutputTests,
+    ConductTests,
+    TrainingTests,
+    ExecutionTests,
+    BookkeepingTests,
+    ExportTests,
+    SourceTests,
 ):
     """Everything that the rest of the workbench relies on in a layer.
 

@@ -12,7 +12,7 @@ from workbench import config as configs
 from workbench.costs import Costs
 from workbench.errors import FieldError
 from workbench.layer import State
-from workbench.testing.advice import concerns
+from workbench.testing.advice import concerns, speaks_for
 from workbench.testing.allocations import Allocations
 from workbench.testing.configs import names_a_field, searched_fields, searched_values, with_value
 from workbench.testing.derived import draws
@@ -114,6 +114,7 @@ class BookkeepingTests(LayerSuite):
             assert _held(state) == allocated, "after a step the state holds other tensors"
             assert state.num_bytes == held, "a state grew"
 
+    @speaks_for("costs")
     @concerns("costs")
     def test_costs_are_plausible(self, config: Any) -> None:
         """FLOPs cover the linears and grow with the length; a recurrent state is bounded.
@@ -153,6 +154,7 @@ class BookkeepingTests(LayerSuite):
                     built += self._builds(config, field, value)
             assert built, f"no value in the range of {field.name} can be built on any config"
 
+    @speaks_for("check")
     @concerns("check", "Config")
     def test_search_space_can_be_built(self) -> None:
         """Values drawn together, at two widths, are built or refused by field; some are built.

@@ -78,7 +78,7 @@ class ConductTests(LayerSuite):
             assert_close(whole_BTD[row], alone_BTD[0], self.tolerance, what)
             assert_close(steps_BTD[row], alone_BTD[0], self.tolerance, f"{what}, in steps")
 
-    @concerns("forward", "step", "__init__")
+    @concerns("forward", "step", "__init__", "init_state")
     def test_prints_nothing(self, config: Any) -> None:
         """Standard output belongs to the command's results.
 
@@ -88,7 +88,7 @@ class ConductTests(LayerSuite):
             self._run(config)
         assert not said.getvalue(), f"the layer printed {said.getvalue()!r:.80}"
 
-    @concerns("forward", "__init__", "reset_parameters")
+    @concerns("forward", "__init__", "reset_parameters", "step")
     def test_leaves_torch_alone(self, config: Any) -> None:
         """What all plugins share is as it was: torch's functions, settings and random numbers.
 

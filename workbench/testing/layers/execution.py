@@ -93,7 +93,7 @@ class ExecutionTests(LayerSuite):
             what = f"compiled step {index} after a prefill"
             assert_close(actual_BD, expected_BTD[:, index], self.tolerance, what)
 
-    @concerns("costs")
+    @concerns("costs", "forward", "step")
     @torch.no_grad()
     def test_costs_cover_counted_flops(self, config: Any) -> None:
         """Stated FLOPs are at least those that torch counts, and at most `flops_factor` times.

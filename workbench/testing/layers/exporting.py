@@ -25,7 +25,7 @@ class ExportTests(LayerSuite):
     """The export round trip, once a layer and for the first of its configs."""
 
     @pytest.mark.slow
-    @concerns("forward", "__init__")
+    @concerns("forward", "__init__", "step")
     def test_export_round_trip(self, tmp_path: Path) -> None:
         """A model of two blocks, exported and loaded again, computes the same logits.
 

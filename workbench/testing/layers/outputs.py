@@ -86,7 +86,7 @@ class OutputTests(LayerSuite):
             expected_BTD = layer(x_BTD)[:, cut:]
             assert_close(actual_BTD, expected_BTD, self.tolerance, "steps after a prefill")
 
-    @concerns("init_state")
+    @concerns("init_state", "forward", "step")
     @torch.no_grad()
     def test_selected_states_go_their_own_way(self, config: Any) -> None:
         """`State.select` copies rows: beams share a past and no future.
@@ -110,7 +110,7 @@ class OutputTests(LayerSuite):
             what = f"the state that rows {rows} were selected from, afterwards"
             assert_close(original_BTD, expected_BTD, self.tolerance, what)
 
-    @concerns("forward")
+    @concerns("forward", "step")
     @pytest.mark.parametrize("padding", [1, 4, 30])
     def test_left_padding_leaks_nothing(self, config: Any, padding: int) -> None:
         """Outputs, gradients and further steps are those of the row without its padding.
@@ -196,7 +196,7 @@ class OutputTests(LayerSuite):
         for actual, expected, what in gradients:
             assert_close(actual, expected, self.tolerance, what)
 
-    @concerns("forward")
+    @concerns("forward", "step")
     @torch.no_grad()
     def test_a_state_belongs_to_one_document(self, config: Any) -> None:
         """A packed call continues the state's document first, and leaves its last one in it.
@@ -218,7 +218,7 @@ class OutputTests(LayerSuite):
             what = f"documents of row {row}, continuing a state, and steps after them"
             assert_close(actual_BTD[row], expected_BTD[0, 5:], self.tolerance, what)
 
-    @concerns("forward")
+    @concerns("forward", "step")
     @torch.no_grad()
     def test_prefix(self, config: Any) -> None:
         """Attention sees a prefix in both directions; nobody sees past it; decoding agrees.

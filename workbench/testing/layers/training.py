@@ -63,7 +63,7 @@ class TrainingTests(LayerSuite):
                 f"finite differences give {numeric:.9g}"
             )
 
-    @concerns("forward")
+    @concerns("forward", "step")
     @torch.no_grad()
     def test_float32(self, config: Any) -> None:
         """Forward, and prefill with steps, in float32 stay near float64.
@@ -87,7 +87,7 @@ class TrainingTests(LayerSuite):
             assert actual_BTD.dtype == torch.float32
             assert_close(actual_BTD, expected_BTD, self.float32_tolerance, f"{what} in float32")
 
-    @concerns("forward", "init_state")
+    @concerns("forward", "step", "init_state")
     def test_bfloat16(self, config: Any) -> None:
         """In bfloat16 outputs, steps and gradients are bfloat16 and finite.
 
@@ -125,7 +125,7 @@ class TrainingTests(LayerSuite):
         for first, second in zip(*runs, strict=True):
             assert torch.equal(first, second)
 
-    @concerns("__init__", "reset_parameters")
+    @concerns("__init__", "reset_parameters", "forward")
     @torch.no_grad()
     def test_save_and_load(self, config: Any, tmp_path: Path) -> None:
         """Weights survive safetensors: a layer that loads them gives the same bits.
@@ -142,7 +142,7 @@ class TrainingTests(LayerSuite):
         other.load_state_dict(load_file(tmp_path / "layer.safetensors"), strict=True)
         assert torch.equal(other(x_BTD), expected_BTD)
 
-    @concerns("reset_parameters", "__init__")
+    @concerns("reset_parameters", "__init__", "forward")
     @torch.no_grad()
     def test_reset_parameters_needs_no_constructor(self, config: Any) -> None:
         """`reset_parameters` fills everything: meta device, `to_empty`, reset equals a build.

@@ -1,0 +1,174 @@
+"""Plain causal attention on the fastest kernel that works here.
+
+Torch's own scaled_dot_product_attention is the fallback; with cuDNN's kernel first it is the
+fastest on Hopper, and flash-attn is the one that knows a sliding window.
+
+Shape suffixes: B batch, H query heads, K key-value heads, T tokens, P head dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from workbench.kernels import TORCH, Backend, Operation, choose, constant
+
+# A copy that travels with an exported model has operators of its own.
+NAMESPACE = __name__.replace(".", "_")
+HALF = (torch.float16, torch.bfloat16)
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@constant
+def attention_backend(
+    device_type: str, dtype: torch.dtype, head_dim: int, windowed: bool = False
+) -> str:
+    """What `causal_attention` runs on.
+
+    Args:
+        windowed: whether the rows are longer than a sliding window.
+    """
+    if device_type != "cuda" or dtype not in HALF:
+        return TORCH
+    able = []
+    if not windowed and head_dim % 8 == 0 and head_dim <= 128:
+        able.append("cudnn")
+    if not flash_attn_lacks(head_dim, dtype):
+        able.append("flash-attn")
+    return choose("attention", tuple(able))
+
+
+def causal_attention(
+    q_BHTP: Tensor, k_BKTP: Tensor, v_BKTP: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention of every token to itself and those before it; `[B, H, T, P]`.
+
+    Args:
+        window: a token sees itself and `window - 1` tokens before it; None for all. One that is
+            shorter than the rows needs a backend that knows windows (`attention_backend`).
+    """
+    length, head_dim = q_BHTP.shape[2:]
+    windowed = window is not None and length > window
+    backend = attention_backend(q_BHTP.device.type, q_BHTP.dtype, head_dim, windowed)
+    if backend == "flash-attn":
+        reach = (window - 1, 0) if windowed and window is not None else (-1, -1)
+        y_BTHP = import_module("flash_attn").flash_attn_func(
+            *(tensor.transpose(1, 2) for tensor in (q_BHTP, k_BKTP, v_BKTP)),
+            softmax_scale=scale,
+            causal=True,
+            window_size=reach,
+        )
+        return y_BTHP.transpose(1, 2)  # type: ignore[no-any-return]
+    assert not windowed, "torch's kernels have no window: a mask must do"
+    is_grouped = k_BKTP.shape[1] != q_BHTP.shape[1]
+    if backend == TORCH:
+        return F.scaled_dot_product_attention(
+            q_BHTP, k_BKTP, v_BKTP, is_causal=True, scale=scale, enable_gqa=is_grouped
+        )
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return F.scaled_dot_product_attention(
+            q_BHTP, k_BKTP, v_BKTP, is_causal=True, scale=scale, enable_gqa=is_grouped
+        )
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::cached_attention", mutates_args=("keys_BKLP", "values_BKLP")
+)
+def cached_attention(
+    q_B1HP: Tensor,
+    k_B1KP: Tensor,
+    v_B1KP: Tensor,
+    keys_BKLP: Tensor,
+    values_BKLP: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    """flash-attn's decode step: put a token into the caches, and attend to all in them.
+
+    Reads only the slots that are filled, which the device alone knows.
+
+    Args:
+        position: 0-dim, tokens in the caches before this one.
+
+    Returns:
+        `[B, 1, H, P]`.
+    """
+    lengths_B = position.to(torch.int32).expand(len(q_B1HP)).contiguous()
+    return import_module("flash_attn").flash_attn_with_kvcache(  # type: ignore[no-any-return]
+        q_B1HP,
+        keys_BKLP.transpose(1, 2),
+        values_BKLP.transpose(1, 2),
+        k=k_B1KP,
+        v=v_B1KP,
+        cache_seqlens=lengths_B,
+        softmax_scale=scale,
+        causal=True,
+    )
+
+
+@cached_attention.register_fake
+def _(
+    q_B1HP: Tensor,
+    k_B1KP: Tensor,
+    v_B1KP: Tensor,
+    keys_BKLP: Tensor,
+    values_BKLP: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    return torch.empty_like(q_B1HP, memory_format=torch.contiguous_format)
+
+
+@constant
+def step_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What a decode step on static caches without masks runs on: flash-attn or torch."""
+    if device_type != "cuda" or dtype not in HALF or flash_attn_lacks(head_dim, dtype):
+        return TORCH
+    return choose("attention_step", ("flash-attn",))
+
+
+@lru_cache
+def flash_attn_lacks(head_dim: int, dtype: torch.dtype) -> str:
+    """Why flash-attn does not take a head dimension here; empty if it does.
+
+    Builds differ in the head dimensions that were compiled: only a call tells.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        x_BTHP = torch.zeros(1, 8, 1, head_dim, device="cuda", dtype=dtype)
+        import_module("flash_attn").flash_attn_func(x_BTHP, x_BTHP, x_BTHP, causal=True)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _probe_cudnn() -> None:
+    x_BHTP = torch.zeros(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        F.scaled_dot_product_attention(x_BHTP, x_BHTP, x_BHTP, is_causal=True)
+
+
+def _probe_flash_attn() -> None:
+    if why := flash_attn_lacks(64, torch.bfloat16):
+        raise RuntimeError(why)
+
+
+_FLASH_ATTN = Backend(
+    name="flash-attn",
+    probe=_probe_flash_attn,
+    install="FLASH_ATTN_CUDA_ARCHS=90 pip install --no-build-isolation flash-attn",
+)
+ATTENTION = Operation("attention", [Backend(name="cudnn", probe=_probe_cudnn), _FLASH_ATTN])
+ATTENTION_STEP = Operation("attention_step", [_FLASH_ATTN])

@@ -1,0 +1,194 @@
+"""Decode steps replayed as CUDA graphs: one launch a token instead of hundreds.
+
+Shape suffixes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from workbench.compilation import compiled_blocks
+from workbench.errors import WorkbenchError
+from workbench.generation import SamplingConfig, sample
+from workbench.layer import State
+from workbench.model import HybridLM
+
+WARMUP = 3  # steps before the capture: kernels are compiled and tuned in them
+
+
+def why_not_captured(model: HybridLM, states: Sequence[State]) -> str:
+    """Why the model's steps cannot be captured; empty if they can."""
+    if model.device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    return why_not_static(model, states)
+
+
+@torch.inference_mode()
+def why_not_static(model: HybridLM, states: Sequence[State]) -> str:
+    """Why a step cannot work on tensors alone, at fixed places; empty if it can, on any device.
+
+    Takes a step on a copy of the states.
+    """
+    for layer in model.layers:
+        if layer.host_synchronized:
+            return f"{type(layer).__name__} waits for the device within a step"
+    copies = copy.deepcopy(list(states))
+    try:
+        for state in copies:
+            state.make_static()
+    except NotImplementedError as error:
+        return str(error)
+    places = Places(copies)
+    sizes = [tensor.shape[0] for _, _, tensor in places.held if tensor.ndim]
+    tokens_B = torch.zeros(sizes[0] if sizes else 1, dtype=torch.int64, device=model.device)
+    model.step(tokens_B, copies)
+    return places.moved()
+
+
+class Places:
+    """Where the tensors of states lie: a graph reads and writes them there, and nowhere else.
+
+    Attributes:
+        held: state, field and tensor of each.
+    """
+
+    def __init__(self, states: Sequence[State]) -> None:
+        self.held: list[tuple[State, str, Tensor]] = []
+        for state in states:
+            self._add(state)
+
+    def _add(self, state: State) -> None:
+        for field in dataclasses.fields(state):
+            value = getattr(state, field.name)
+            if isinstance(value, State):
+                self._add(value)
+            elif isinstance(value, Tensor):
+                self.held.append((state, field.name, value))
+
+    def moved(self) -> str:
+        """Why `take_back` would not do; empty if it would."""
+        for state, name, before in self.held:
+            now = getattr(state, name)
+            if not isinstance(now, Tensor) or (now.shape, now.dtype) != (
+                before.shape,
+                before.dtype,
+            ):
+                return f"a step of {type(state).__name__} changes the size or kind of {name!r}"
+        return ""
+
+    def take_back(self) -> None:
+        """Copy a tensor that a layer put in another's stead to where that one lay."""
+        for state, name, before in self.held:
+            now = getattr(state, name)
+            if now is not before:
+                before.copy_(now)
+                setattr(state, name, before)
+
+
+class CapturedStep:
+    """`model.step` on fixed states, captured once and replayed by each call.
+
+    The states become static (`State.make_static`) and are updated in place, as by `model.step`;
+    `restore` takes them back. To be made and used under `torch.inference_mode`.
+
+    Args:
+        states: filled by a prefill.
+        sampling: if given, a call's result is the next tokens and not the logits: they are drawn
+            on the device.
+        generator: of the draws, on the model's device.
+
+    Raises:
+        WorkbenchError: the model's steps cannot be captured; says why.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        states: list[State],
+        batch_size: int,
+        *,
+        sampling: SamplingConfig | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if reason := why_not_captured(model, states):
+            raise WorkbenchError(f"decode steps cannot be captured as a CUDA graph: {reason}")
+        rooms = [room for state in states if (room := state.room) is not None]
+        self._room = self._left = min(rooms, default=None)
+        self._model, self._states = model, states
+        self._sampling, self._generator = sampling, generator
+        self._tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        before = copy.deepcopy(states)
+        for state in states:
+            state.make_static()
+        self._places = Places(states)
+        self._graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            self._graph.register_generator_state(generator)
+        with compiled_blocks(model, "step"):
+            self._warm_up(before)
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._result = self._run()
+
+    def _run(self) -> Tensor:
+        logits_BV = self._model.step(self._tokens_B, self._states)
+        self._places.take_back()
+        if self._sampling is None:
+            return logits_BV
+        generator = self._generator or torch.cuda.default_generators[self._model.device.index or 0]
+        return sample(logits_BV, self._sampling, generator)
+
+    def _warm_up(self, before: list[State]) -> None:
+        """Run a few steps, beside the main stream as a capture demands, and undo them."""
+        drawn = None if self._generator is None else self._generator.get_state()
+        stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                self._restore(before)
+                self._run()
+            self._restore(before)
+        torch.cuda.current_stream(self._model.device).wait_stream(stream)
+        if self._generator is not None and drawn is not None:
+            self._generator.set_state(drawn)
+
+    def _restore(self, before: Sequence[State]) -> None:
+        for state, earlier in zip(self._states, before, strict=True):
+            state.restore(earlier)
+
+    def restore(self, before: Sequence[State]) -> None:
+        """Go on from states that are as full as those given at first were."""
+        self._restore(before)
+        self._left = self._room
+
+    def __call__(self, tokens_B: Tensor) -> Tensor:
+        """The logits `[B, V]` after the tokens `[B]`, or the tokens drawn from them, `[B]`.
+
+        The result is overwritten by the next call.
+
+        Raises:
+            WorkbenchError: the states have no room for another token.
+        """
+        if self._left is not None:
+            if self._left == 0:
+                raise WorkbenchError(
+                    f"the states hold no more than the {self._room} tokens that were decoded: "
+                    "make them with a larger max_length"
+                )
+            self._left -= 1
+        self._tokens_B.copy_(tokens_B)
+        self._graph.replay()
+        return self._result
+
+
+def captured_or_eager(
+    model: HybridLM, states: list[State], batch_size: int
+) -> Callable[[Tensor], Tensor]:
+    """A step on `states`: captured where that works, else `model.step`."""
+    if why_not_captured(model, states):
+        return lambda tokens_B: model.step(tokens_B, states)
+    return CapturedStep(model, states, batch_size)
