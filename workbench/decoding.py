@@ -43,11 +43,27 @@ def why_not_static(model: HybridLM, states: Sequence[State]) -> str:
             state.make_static()
     except NotImplementedError as error:
         return str(error)
-    places = Places(copies)
+    places, others = Places(copies), _others(copies)
     sizes = [tensor.shape[0] for _, _, tensor in places.held if tensor.ndim]
     tokens_B = torch.zeros(sizes[0] if sizes else 1, dtype=torch.int64, device=model.device)
     model.step(tokens_B, copies)
+    for name, value in _others(copies).items():
+        if value != others.get(name):
+            return f"a step changes {name}, which is no tensor"
     return places.moved()
+
+
+def _others(states: Sequence[State], prefix: str = "") -> dict[str, str]:
+    """What states hold besides tensors, as text: field → value."""
+    found: dict[str, str] = {}
+    for index, state in enumerate(states):
+        for field in dataclasses.fields(state):
+            value, name = getattr(state, field.name), f"{type(state).__name__}.{field.name}"
+            if isinstance(value, State):
+                found |= _others([value], f"{prefix}{index}.")
+            elif not isinstance(value, Tensor):
+                found[f"{prefix}{index}.{name}"] = repr(value)
+    return found
 
 
 class Places:
@@ -83,11 +99,12 @@ class Places:
 
     def take_back(self) -> None:
         """Copy a tensor that a layer put in another's stead to where that one lay."""
-        for state, name, before in self.held:
-            now = getattr(state, name)
-            if now is not before:
-                before.copy_(now)
-                setattr(state, name, before)
+        moved = [held for held in self.held if getattr(held[0], held[1]) is not held[2]]
+        # Read before any is written: a step may pass a tensor from one field on to another.
+        values = [getattr(state, name).clone() for state, name, _ in moved]
+        for (state, name, before), value in zip(moved, values, strict=True):
+            before.copy_(value)
+            setattr(state, name, before)
 
 
 class CapturedStep:
@@ -119,6 +136,8 @@ class CapturedStep:
             raise WorkbenchError(f"decode steps cannot be captured as a CUDA graph: {reason}")
         rooms = [room for state in states if (room := state.room) is not None]
         self._room = self._left = min(rooms, default=None)
+        if self._room == 0:
+            raise WorkbenchError("the states are full: make them with a larger max_length")
         self._model, self._states = model, states
         self._sampling, self._generator = sampling, generator
         self._tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
@@ -129,7 +148,7 @@ class CapturedStep:
         self._graph = torch.cuda.CUDAGraph()
         if generator is not None:
             self._graph.register_generator_state(generator)
-        with compiled_blocks(model, "step"):
+        with torch.cuda.device(model.device), compiled_blocks(model, "step"):
             self._warm_up(before)
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._result = self._run()
@@ -181,7 +200,8 @@ class CapturedStep:
                 )
             self._left -= 1
         self._tokens_B.copy_(tokens_B)
-        self._graph.replay()
+        with torch.cuda.device(self._model.device):
+            self._graph.replay()
         return self._result
 
 

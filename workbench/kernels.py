@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from workbench.errors import FieldError, UnknownNameError, WorkbenchError
+from workbench.errors import FieldError, PluginError, UnknownNameError, WorkbenchError
 
 TORCH = "torch"
 VARIABLE = "WORKBENCH_BACKENDS"
@@ -71,19 +71,30 @@ class Operation:
     """An operation and its implementations besides torch's, the preferred first.
 
     Defining one makes its name known to studies and `workbench doctor`.
+
+    Args:
+        home: the module that defines it, its `__name__`.
+
+    Raises:
+        PluginError: another module defines one of that name.
     """
 
-    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+    def __init__(self, name: str, backends: Sequence[Backend], *, home: str) -> None:
         self.name = name
+        self.home = home
+        earlier = _operations[name].home if name in _operations else home
+        if earlier != home:
+            raise PluginError(
+                f"operation {name!r} is defined by {earlier} and by {home}: give one another name"
+            )
         self.backends = {backend.name: backend for backend in backends}
         self._reasons: dict[str, str] = {}
         _operations[name] = self
 
     @property
     def package(self) -> str:
-        """The top-level package that defines it; empty for one without backends."""
-        homes = [backend.probe.__module__ for backend in self.backends.values()]
-        return homes[0].partition(".")[0] if homes else ""
+        """The top-level package that defines it."""
+        return self.home.partition(".")[0]
 
     def why_not(self, backend: str) -> str:
         """Why a backend does not work here; empty if it does. Probes once a process."""
@@ -194,13 +205,16 @@ def require(device: str) -> None:
         for operation in _operations.values():
             operation.demanded()
         return
+    # What the environment says concerns CUDA devices alone, but must be right.
+    environment = _from_environment(os.environ.get(VARIABLE, "").strip(), frozenset(_operations))
     for name in _operations:
-        if (wanted := _preferred.get(name, TORCH)) != TORCH:
+        wanted = _preferred.get(name, TORCH)
+        if wanted != TORCH and name not in environment and "*" not in environment:
             raise FieldError(
                 f"{FIELD}.{name}",
-                f"{wanted!r} needs a CUDA device, and this runs on {device!r}: leave it out",
+                f"{wanted!r} needs a CUDA device, and this runs on {device!r}: leave it out, "
+                f"or set {VARIABLE}=torch for this run",
             )
-        preference(name)  # what the environment says concerns CUDA devices alone, but must be right
 
 
 def in_use(device: str, packages: Collection[str]) -> dict[str, list[str]]:
@@ -235,9 +249,15 @@ def _from_environment(text: str, _known: frozenset[str]) -> dict[str, str]:
     if not text:
         return {}
     demanded: dict[str, str] = {}
-    for part in text.split(","):
+    for part in filter(str.strip, text.split(",")):
         operation, is_pair, backend = (piece.strip() for piece in part.partition("="))
-        demanded[operation if is_pair else "*"] = backend if is_pair else operation
+        operation, backend = (operation, backend) if is_pair else ("*", operation)
+        if operation in demanded:
+            what = "all operations" if operation == "*" else operation
+            raise WorkbenchError(
+                f"{VARIABLE} names {demanded[operation]!r} and {backend!r} for {what}: name one"
+            )
+        demanded[operation] = backend
     known = {TORCH, *(name for operation in _operations.values() for name in operation.backends)}
     everywhere = demanded.get("*", TORCH)
     if everywhere not in known:

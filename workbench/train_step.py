@@ -42,6 +42,20 @@ class StepOptions:
     checkpointed: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A recorded step: what it reads, and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    loss: Tensor
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether a batch is like the one that was captured: all else a replay would not see."""
+        return batch.is_plain and batch.inputs_BT.shape == self.inputs_BT.shape
+
+
 class TrainStep:
     """Trains a model by calls; see `running`.
 
@@ -56,27 +70,35 @@ class TrainStep:
         self.model, self.optimizers, self.options = model, optimizers, options
         self.mode, self.note = "eager", ""
         self._done = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: _Captured | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """What must stand while steps are run; frees the captured step afterwards."""
         compiled = self.options.compiled
         self.model.checkpointed = self.options.checkpointed
-        with compiled_blocks(self.model, "forward") if compiled else nullcontext():
+        device = self.model.device
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            compiled_blocks(self.model, "forward") if compiled else nullcontext(),
+        ):
             try:
                 yield
             finally:
-                self._graph = None
+                self._captured = None
                 self.model.checkpointed = False
                 self._zero_grad()
 
     def __call__(self, batch: Batch, lr: float) -> Tensor:
-        """Run one step on a batch (on any device); the loss in nats, on the model's device."""
+        """Run one step on a batch (on any device); the loss in nats, on the model's device.
+
+        The next step overwrites the loss: read it, or copy it, before.
+        """
         set_lr(self.optimizers, lr)
-        if self._graph is None and self._should_capture(batch):
-            self._capture(batch)
-        if self._graph is None or not self._fits(batch):
+        if self._captured is None and self._should_capture(batch):
+            self._captured = self._capture(batch)
+        captured = self._captured
+        if captured is None or not captured.fits(batch):
             self.mode = "compiled" if self.options.compiled else "eager"
             self._done += 1
             self._zero_grad()  # a replay leaves its gradients behind
@@ -84,10 +106,10 @@ class TrainStep:
             self._zero_grad()
             return loss
         self.mode = "cuda graph"
-        self._inputs_BT.copy_(batch.inputs_BT, non_blocking=True)
-        self._targets_BT.copy_(batch.targets_BT, non_blocking=True)
-        self._graph.replay()
-        return self._loss
+        captured.inputs_BT.copy_(batch.inputs_BT, non_blocking=True)
+        captured.targets_BT.copy_(batch.targets_BT, non_blocking=True)
+        captured.graph.replay()
+        return captured.loss
 
     def _run(self, batch: Batch) -> Tensor:
         """A step up to the update; gradients are left behind."""
@@ -108,8 +130,9 @@ class TrainStep:
             optimizer.zero_grad()
 
     def _should_capture(self, batch: Batch) -> bool:
-        if not self.options.captured or self.note or self._done < WARMUP:
+        if not self.options.captured or self._done < WARMUP:
             return False
+        self.note = ""
         if any(layer.host_synchronized for layer in self.model.layers):
             names = {type(x).__name__ for x in self.model.layers if x.host_synchronized}
             self.note = f"{', '.join(sorted(names))} waits for the device within a step"
@@ -117,20 +140,16 @@ class TrainStep:
             self.note = "batches carry masks, borders or prefixes, whose sizes may change"
         return not self.note
 
-    def _fits(self, batch: Batch) -> bool:
-        """Whether a batch is like the one that was captured: all else a replay would not see."""
-        return batch.is_plain and batch.inputs_BT.shape == self._inputs_BT.shape
-
-    def _capture(self, batch: Batch) -> None:
+    def _capture(self, batch: Batch) -> _Captured:
         """Record the step; nothing runs, and the weights stay as they are."""
         device = self.model.device
-        self._inputs_BT = batch.inputs_BT.to(device, copy=True)
-        self._targets_BT = batch.targets_BT.to(device, copy=True)
-        static = dataclasses.replace(batch, inputs_BT=self._inputs_BT, targets_BT=self._targets_BT)
+        inputs_BT = batch.inputs_BT.to(device, copy=True)
+        targets_BT = batch.targets_BT.to(device, copy=True)
+        static = dataclasses.replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT)
         gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._loss = self._run(static)
-        self._graph = graph
+            loss = self._run(static)
+        return _Captured(graph, inputs_BT, targets_BT, loss)

@@ -159,6 +159,8 @@ class _Run:
                 for name, value in state.items():
                     tensors[f"optimizer.{index}.{key}.{name}"] = torch.as_tensor(value)
         tensors["rng"] = torch.get_rng_state()
+        if self.model.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.model.device)
         progress = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
         metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(progress)}
         with replacing(path) as temporary:
@@ -187,6 +189,8 @@ class _Run:
         for index, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict(_optimizer_state(optimizer, index, tensors))
         torch.set_rng_state(tensors["rng"].cpu())
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self.model.device)
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.curve = progress["curve"]
 

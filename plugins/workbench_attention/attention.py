@@ -24,7 +24,6 @@ from workbench_attention.cache import KVCache
 from workbench_attention.config import AttentionConfig, Heads, check
 from workbench_attention.kernels import (
     attention_backend,
-    cached_attention,
     causal_attention,
     step_backend,
 )
@@ -155,6 +154,8 @@ class Attention(Layer):
         start = state.length if state.position is None else state.position
         q_BH1P, k_BK1P, v_BK1P = self._project(x_BD[:, None], start)
         if self._steps_by_kernel(q_BH1P, state, context):
+            from workbench_attention.cached import cached_attention
+
             tokens = (tensor.transpose(1, 2) for tensor in (q_BH1P, k_BK1P, v_BK1P))
             caches = state.keys_BHLP, state.values_BHLP
             y_B1HP = cached_attention(*tokens, *caches, state.position, self.scale)

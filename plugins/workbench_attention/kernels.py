@@ -18,8 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workbench.kernels import TORCH, Backend, Operation, choose, constant
 
-# A copy that travels with an exported model has operators of its own.
-NAMESPACE = __name__.replace(".", "_")
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -81,54 +79,6 @@ def causal_attention(
         )
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::cached_attention", mutates_args=("keys_BKLP", "values_BKLP")
-)
-def cached_attention(
-    q_B1HP: Tensor,
-    k_B1KP: Tensor,
-    v_B1KP: Tensor,
-    keys_BKLP: Tensor,
-    values_BKLP: Tensor,
-    position: Tensor,
-    scale: float,
-) -> Tensor:
-    """flash-attn's decode step: put a token into the caches, and attend to all in them.
-
-    Reads only the slots that are filled, which the device alone knows.
-
-    Args:
-        position: 0-dim, tokens in the caches before this one.
-
-    Returns:
-        `[B, 1, H, P]`.
-    """
-    lengths_B = position.to(torch.int32).expand(len(q_B1HP)).contiguous()
-    return import_module("flash_attn").flash_attn_with_kvcache(  # type: ignore[no-any-return]
-        q_B1HP,
-        keys_BKLP.transpose(1, 2),
-        values_BKLP.transpose(1, 2),
-        k=k_B1KP,
-        v=v_B1KP,
-        cache_seqlens=lengths_B,
-        softmax_scale=scale,
-        causal=True,
-    )
-
-
-@cached_attention.register_fake
-def _(
-    q_B1HP: Tensor,
-    k_B1KP: Tensor,
-    v_B1KP: Tensor,
-    keys_BKLP: Tensor,
-    values_BKLP: Tensor,
-    position: Tensor,
-    scale: float,
-) -> Tensor:
-    return torch.empty_like(q_B1HP, memory_format=torch.contiguous_format)
-
-
 @constant
 def step_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """What a decode step on static caches without masks runs on: flash-attn or torch."""
@@ -170,5 +120,6 @@ _FLASH_ATTN = Backend(
     probe=_probe_flash_attn,
     install="FLASH_ATTN_CUDA_ARCHS=90 pip install --no-build-isolation flash-attn",
 )
-ATTENTION = Operation("attention", [Backend(name="cudnn", probe=_probe_cudnn), _FLASH_ATTN])
-ATTENTION_STEP = Operation("attention_step", [_FLASH_ATTN])
+_CUDNN = Backend(name="cudnn", probe=_probe_cudnn)
+ATTENTION = Operation("attention", [_CUDNN, _FLASH_ATTN], home=__name__)
+ATTENTION_STEP = Operation("attention_step", [_FLASH_ATTN], home=__name__)

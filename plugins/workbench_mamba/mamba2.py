@@ -34,8 +34,6 @@ from workbench_mamba.common import (
 from workbench_mamba.kernels import (
     causal_conv1d,
     conv_backend,
-    mamba2_inner,
-    mamba2_step,
     ssd,
     ssd_backend,
 )
@@ -256,6 +254,8 @@ class Mamba2(Layer):
     def step(self, x_BD: Tensor, state: Mamba2State, context: Context = PLAIN) -> Tensor:
         zxbcdt_BR = self.in_proj(x_BD)
         if self._runs_on_triton(zxbcdt_BR):
+            from workbench_mamba.kernels.mamba2_step import mamba2_step
+
             y_BI = mamba2_step(
                 *(zxbcdt_BR, state.conv_BCW, state.ssm_BHPN, *self._inner_weights()),
                 *(self.config.n_groups, self.norm.groups, self.norm.eps, *self._dt_limits()),
@@ -286,6 +286,8 @@ class Mamba2(Layer):
 
     def _fused(self, zxbcdt_BTR: Tensor, context: Context, state: Mamba2State | None) -> Tensor:
         """From the input projection's output to the output projection's input, `[B, T, I]`."""
+        from workbench_mamba.kernels.mamba2_inner import mamba2_inner
+
         conv_BCW = None if state is None else state.conv_BCW
         y_BTI, ssm_BHPN = mamba2_inner(
             zxbcdt_BTR,

@@ -50,7 +50,8 @@ def test_a_table_says_what_works_and_what_to_do(cli: Cli, monkeypatch: pytest.Mo
     monkeypatch.setattr("workbench.environment.available_memory", lambda device: 2**30)
     monkeypatch.setenv(kernels.VARIABLE, "scan=torch")
     fast = Backend(name="fast", probe=lambda: None)
-    Operation("scan", [Backend(name="broken", probe=breaks, install="pip install broken"), fast])
+    broken = Backend(name="broken", probe=breaks, install="pip install broken")
+    Operation("scan", [broken, fast], home=__name__)
     rows = [line.split(maxsplit=3) for line in cli("doctor").out.splitlines()]
     assert ["operation", "backend", "works", "why not, and what to do"] in rows
     assert ["scan", "broken", "no", "ImportError: no kernels; pip install broken"] in rows

@@ -144,3 +144,32 @@ def test_a_tensor_put_in_anothers_stead_goes_back_to_its_place(builder, monkeypa
         assert [t.data_ptr() for t in states[0].tensors().values()] == addresses
     torch.testing.assert_close(states[0].tensors(), plain[0].tensors())
     assert states[0].extra_B.tolist() == [5, 5]
+
+
+@dataclasses.dataclass
+class Passing(State):
+    last_B: torch.Tensor
+    older_B: torch.Tensor
+    odd: bool = False
+
+
+def test_a_tensor_passed_on_from_field_to_field_keeps_its_value():
+    state = Passing(torch.tensor([1.0]), torch.tensor([0.0]))
+    places = Places([state])
+    addresses = state.last_B.data_ptr(), state.older_B.data_ptr()
+    for token in (2.0, 3.0, 4.0):
+        state.older_B, state.last_B = state.last_B, torch.tensor([token])
+        places.take_back()
+        assert (state.older_B.item(), state.last_B.item()) == (token - 1, token)
+        assert (state.last_B.data_ptr(), state.older_B.data_ptr()) == addresses
+
+
+def test_a_flag_that_a_step_turns_is_refused(builder, monkeypatch):
+    model = build(builder, "swiglu")
+    states = [Passing(torch.zeros(2), torch.zeros(2))]
+
+    def step(tokens_B, states):
+        states[0].odd = not states[0].odd
+
+    monkeypatch.setattr(model, "step", step)
+    assert why_not_static(model, states) == "a step changes 0.Passing.odd, which is no tensor"

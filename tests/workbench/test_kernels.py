@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from workbench import FieldError, UnknownNameError, WorkbenchError, kernels
+from workbench.errors import PluginError
 from workbench.kernels import TORCH, VARIABLE, Backend, Operation
 
 PROBED: list[str] = []
@@ -43,7 +44,7 @@ def operation(name="scan", **probes) -> Operation:
     """An operation with backends in the order given; all work if none is given."""
     probes = probes or {"fast": works, "slow": works}
     backends = [Backend(name=key, probe=p, install=f"get {key}") for key, p in probes.items()]
-    return Operation(name, backends)
+    return Operation(name, backends, home=__name__)
 
 
 def test_the_first_that_works_and_can_take_the_call_is_chosen():
@@ -268,3 +269,33 @@ def test_importing_layers_and_training_loads_neither_compiler_nor_kernels():
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_two_modules_cannot_define_one_operation():
+    operation()
+    operation()  # the same module may, as when it is loaded again
+    with pytest.raises(PluginError, match=r"'scan' is defined by .* and by elsewhere"):
+        Operation("scan", [], home="elsewhere")
+
+
+@pytest.mark.parametrize("text", ["fast,slow", "scan=fast,scan=torch", "nonsense,torch"])
+def test_the_environment_names_one_backend_for_one_thing(monkeypatch, text):
+    operation()
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(WorkbenchError, match="name one"):
+        kernels.preference("scan")
+
+
+def test_empty_parts_of_the_environment_say_nothing(monkeypatch):
+    operation()
+    monkeypatch.setenv(VARIABLE, "scan=slow, ,")
+    assert kernels.preference("scan") == "slow"
+
+
+def test_the_environment_goes_before_a_study_on_a_cpu_too(monkeypatch):
+    operation()
+    kernels.prefer({"scan": "slow"})
+    with pytest.raises(WorkbenchError, match="WORKBENCH_BACKENDS=torch"):
+        kernels.require("cpu")
+    monkeypatch.setenv(VARIABLE, "torch")
+    kernels.require("cpu")

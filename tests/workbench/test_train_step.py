@@ -17,7 +17,7 @@ from workbench.data import Batch
 from workbench.layer import Context
 from workbench.optimizers import BatchedMuon, make_optimizers, set_lr
 from workbench.testing.toys import toy_builder
-from workbench.train_step import WARMUP, StepOptions, TrainStep
+from workbench.train_step import WARMUP, StepOptions, TrainStep, _Captured
 from workbench.training_config import TrainingConfig
 
 VOCAB, WIDTH = 64, 32
@@ -223,18 +223,18 @@ def test_a_replay_takes_only_batches_like_the_captured_one(builder):
     step = TrainStep(model, make_optimizers(model, CONFIG), PLAIN)
     first = batch_of(0)
     with step.running():
-        step._graph, step._loss = Recording(), torch.tensor(3.0)
-        step._inputs_BT, step._targets_BT = first.inputs_BT.clone(), first.targets_BT.clone()
+        places = first.inputs_BT.clone(), first.targets_BT.clone()
+        recorded = step._captured = _Captured(Recording(), *places, torch.tensor(3.0))
         last = batch_of(3)
         assert step(last, 0.0) == 3
         assert step.mode == "cuda graph"
-        assert step._graph.replayed == 1
-        torch.testing.assert_close(step._inputs_BT, last.inputs_BT)
-        torch.testing.assert_close(step._targets_BT, last.targets_BT)
+        assert recorded.graph.replayed == 1
+        torch.testing.assert_close(recorded.inputs_BT, last.inputs_BT)
+        torch.testing.assert_close(recorded.targets_BT, last.targets_BT)
         model.embedding.weight.grad = torch.ones_like(model.embedding.weight)  # as a replay leaves
         found = [step(batch, 0.0) for batch in (other, masked)]
         assert step.mode == "eager"
-        assert step._graph.replayed == 1
+        assert recorded.graph.replayed == 1
     torch.testing.assert_close(torch.stack(found), torch.stack(expected))
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)  # a rate of 0

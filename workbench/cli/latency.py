@@ -81,6 +81,7 @@ def latency(
     """
     import torch
 
+    from workbench import kernels
     from workbench.cli.memory import explained
     from workbench.environment import resolve_device
 
@@ -91,6 +92,8 @@ def latency(
     if (threads or subject.threads) is not None:
         torch.set_num_threads(threads or subject.threads)  # type: ignore[arg-type]
     where = resolve_device(device or subject.device)
+    kernels.prefer(subject.backends)
+    kernels.require(where)
     table, timer = _open(where, dtype, steps, runs)
     with explained(ADVICE):
         result = _work(subject, table, timer, where, _loads(batches, contexts), (fit, check))
@@ -109,6 +112,7 @@ class _Subject:
     layouts: list[Layout]
     device: str
     threads: int | None
+    backends: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _subject(
@@ -138,6 +142,7 @@ def _subject(
         layouts=layouts,
         device=config.runtime.device,
         threads=config.runtime.threads,
+        backends=dict(config.runtime.backends),
     )
 
 

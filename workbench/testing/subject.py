@@ -74,7 +74,10 @@ def find_subject(name: str, builder: Builder) -> Subject:
     wanted = tuple(plugin for plugin, package in named.items() if is_meant(name, plugin, package))
     if not wanted:
         known = {*named, *filter(None, named.values())}
-        raise UnknownNameError("package or plugin", name, known)
+        hint = ""
+        if (Path(name) / "pyproject.toml").is_file():
+            hint = f"{name} is a folder: install it (pip install -e {name}), then give its name."
+        raise UnknownNameError("package or plugin", name, known, hint)
     return Subject(
         name=name,
         plugins=wanted,

@@ -5,16 +5,12 @@ They, and the libraries behind them, are imported at the first call on a CUDA de
 """
 
 from workbench_mamba.kernels.convolution import causal_conv1d, conv_backend
-from workbench_mamba.kernels.mamba2_inner import mamba2_inner
-from workbench_mamba.kernels.mamba2_step import mamba2_step
 from workbench_mamba.kernels.selective import scan_backend, selective_scan
 from workbench_mamba.kernels.state_space import ssd, ssd_backend
 
 __all__ = [
     "causal_conv1d",
     "conv_backend",
-    "mamba2_inner",
-    "mamba2_step",
     "scan_backend",
     "selective_scan",
     "ssd",

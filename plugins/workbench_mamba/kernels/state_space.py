@@ -6,7 +6,6 @@ Shape suffixes: B batch, L length, H heads, P head dim, G groups, N state.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +13,11 @@ from torch import Tensor
 from workbench.kernels import TORCH, Backend, Operation, choose
 from workbench_mamba.scan import ssd as torch_ssd
 
-# A copy that travels with an exported model has operators of its own.
-NAMESPACE = __name__.replace(".", "_")
 HALF = (torch.float16, torch.bfloat16)
 # What the own kernels were written for (`workbench_mamba.scan.triton_ssd`).
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 TRITON_STATE_DIMS = (16, 32, 64, 128, 256)
 PROBE_TOLERANCE = 0.03
-MAMBA_SSM_CHUNK = 256  # its fastest on Hopper at the published sizes
 
 
 def ssd_backend(device_type: str, dtype: torch.dtype, head_dim: int, d_state: int) -> str:
@@ -65,175 +61,20 @@ def ssd(
             initial_state_BHPN=initial_state_BHPN,
             seq_idx_BL=seq_idx_BL,
         )
+    from workbench_mamba.kernels.state_space_operators import ssd_forward
+
     tensors = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
-    y_BLHP, state_BHPN, _ = _forward(*tensors, seq_idx_BL, backend, needs_grad)
+    y_BLHP, state_BHPN, _ = ssd_forward(*tensors, seq_idx_BL, backend, needs_grad)
     return y_BLHP, state_BHPN
-
-
-@torch.library.custom_op(f"{NAMESPACE}::ssd_forward", mutates_args=())
-def _forward(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None,
-    initial_state_BHPN: Tensor | None,
-    seq_idx_BL: Tensor | None,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`y_BLHP`, the final state, and what the backward pass wants to find again."""
-    arguments = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN, seq_idx_BL)
-    return _implementation(backend).forward(*arguments, save)  # type: ignore[no-any-return]
-
-
-@_forward.register_fake
-def _(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None,
-    initial_state_BHPN: Tensor | None,
-    seq_idx_BL: Tensor | None,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, heads, head_dim = x_BLHP.shape
-    state = dt_BLH.new_empty((batch, heads, head_dim, B_BLGN.shape[3]))
-    saved = _implementation(backend).saved_like(x_BLHP, B_BLGN, save)
-    return x_BLHP.new_empty(x_BLHP.shape), state, saved
-
-
-@torch.library.custom_op(f"{NAMESPACE}::ssd_backward", mutates_args=())
-def _backward(
-    dy_BLHP: Tensor,
-    dstate_BHPN: Tensor | None,
-    saved: Tensor,
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None,
-    initial_state_BHPN: Tensor | None,
-    seq_idx_BL: Tensor | None,
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of x, dt, A, B, C, D and the initial state; empty for what was None."""
-    arguments = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN, seq_idx_BL)
-    gradients = _implementation(backend).backward(dy_BLHP, dstate_BHPN, saved, *arguments)
-    return [x_BLHP.new_empty(0) if gradient is None else gradient for gradient in gradients]
-
-
-@_backward.register_fake
-def _(
-    dy_BLHP: Tensor,
-    dstate_BHPN: Tensor | None,
-    saved: Tensor,
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None,
-    initial_state_BHPN: Tensor | None,
-    seq_idx_BL: Tensor | None,
-    backend: str,
-) -> list[Tensor]:
-    inputs = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, initial_state_BHPN)
-    return [
-        x_BLHP.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in inputs
-    ]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, backend, _ = inputs
-    ctx.save_for_backward(output[2], *tensors)
-    ctx.backend = backend
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dy_BLHP: Tensor | None, dstate: Tensor | None, _: Any) -> tuple[Any, ...]:
-    saved, *tensors = ctx.saved_tensors
-    if dy_BLHP is None:
-        dy_BLHP = torch.zeros_like(tensors[0])
-    found = _backward(dy_BLHP, dstate, saved, *tensors, ctx.backend)
-    given = [None if tensor is None else grad for tensor, grad in zip(tensors, found, strict=False)]
-    return (*given, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-
-
-def _implementation(backend: str) -> Any:
-    """The class with static `forward`, `backward` and `saved_like` of a backend."""
-    if backend == "mamba-ssm":
-        return _MambaSSM
-    from workbench_mamba.kernels.triton_state_space import Triton
-
-    return Triton
-
-
-class _MambaSSM:
-    """mamba-ssm's Triton kernels; the backward pass computes the states again."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        initial: Tensor | None,
-        seq_idx: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        library = import_module("mamba_ssm.ops.triton.ssd_combined")
-        y, _, _, _, _, final = library._mamba_chunk_scan_combined_fwd(
-            x, dt, A, B, C, MAMBA_SSM_CHUNK, D=D, initial_states=initial, seq_idx=seq_idx
-        )
-        return y, final, x.new_empty(0)
-
-    @staticmethod
-    def backward(
-        dy: Tensor,
-        dfinal: Tensor | None,
-        saved: Tensor,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        initial: Tensor | None,
-        seq_idx: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        library = import_module("mamba_ssm.ops.triton.ssd_combined")
-        dx, ddt, dA, dB, dC, dD, _, _, dinitial = library._mamba_chunk_scan_combined_bwd(
-            dy,
-            *(x, dt, A, B, C, x, MAMBA_SSM_CHUNK),
-            D=D,
-            initial_states=initial,
-            dfinal_states=dfinal,
-            seq_idx=seq_idx,
-        )
-        return dx, ddt, dA, dB, dC, dD, dinitial
-
-    @staticmethod
-    def saved_like(x: Tensor, B: Tensor, save: bool) -> Tensor:
-        return x.new_empty(0)
 
 
 def _probe_triton() -> None:
     """Run the kernels, and hold outputs and gradients against torch's."""
+    from workbench_mamba.kernels.state_space_operators import ssd_forward
+
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -251,7 +92,7 @@ def _probe_triton() -> None:
     tensors = [tensor.requires_grad_() for tensor in tensors]
     ours = [t.to(torch.bfloat16) if t.ndim == 4 else t for t in tensors]
     wanted, _ = torch_ssd(*tensors)
-    found, _, _ = _forward(*ours, None, None, "triton", True)
+    found, _, _ = ssd_forward(*ours, None, None, "triton", True)
     weights = random(*wanted.shape)
     pairs = [(found.float(), wanted)]
     gradients = (torch.autograd.grad((y * weights).sum(), tensors) for y in pairs[0])
@@ -280,4 +121,5 @@ SSD = Operation(
             install="pip install --no-build-isolation --no-deps mamba-ssm causal-conv1d einops",
         ),
     ],
+    home=__name__,
 )

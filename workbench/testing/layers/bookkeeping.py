@@ -61,7 +61,9 @@ class BookkeepingTests(LayerSuite):
         expected = self._parameters(config)
         for length in LENGTHS:
             costs = self._costs(config, length)
-            assert costs.parameters == expected
+            assert costs.parameters == expected, (
+                f"costs() says {costs.parameters}, the module has {expected}"
+            )
             assert costs.active_parameters is not None
             assert 0 <= costs.active_parameters <= expected
 
@@ -72,11 +74,13 @@ class BookkeepingTests(LayerSuite):
         Mend: Correct `costs().own_parameters`: `parameters` without those of the submodules that
         `shared` names. Leave it out where nothing is shared.
         """
-        layer = self.layer(self.d_model, config, device="meta")
+        layer, costs = self.layer(self.d_model, config, device="meta"), self._costs(config, 1)
+        if not layer.shared and costs.own_parameters == costs.parameters:
+            return  # left out: whether the count is right is another check's question
         for name in layer.shared:
             delattr(layer, name)
         expected = sum(parameter.numel() for parameter in layer.parameters())
-        assert self._costs(config, 1).own_parameters == expected
+        assert costs.own_parameters == expected
 
     @concerns("costs", "init_state")
     def test_costs_count_state_bytes(self, config: Any) -> None:
