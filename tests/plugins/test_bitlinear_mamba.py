@@ -207,7 +207,7 @@ def test_it_is_mamba_with_quantized_projections_and_a_norm(
             monkeypatch.setattr(
                 linear, "forward", lambda x, linear=linear: fake_quantized(linear, x)
             )
-    monkeypatch.setattr(plain, "_dt", lambda dt: plain.dt_proj(dt))
+    monkeypatch.setattr(plain, "_dt", lambda dt: (plain.dt_proj(dt), None))
     monkeypatch.setattr(
         plain,
         "_output",
