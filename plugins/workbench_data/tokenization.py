@@ -11,13 +11,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as FastTokenizer
 
 from workbench.errors import FieldError, WorkbenchError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
 
 T = TypeVar("T")
 BATCH_BYTES = 1 << 22  # text encoded in one call: enough to keep every core busy
@@ -149,6 +151,8 @@ def _encode(
 
 def _load(name: str) -> tuple[FastTokenizer, str | None]:
     """The tokenizer and the token that ends its sequences, if it tells."""
+    from tokenizers import Tokenizer as FastTokenizer  # here, for whoever never reads one
+
     path = Path(name)
     try:
         if path.is_file():

@@ -7,16 +7,16 @@ figures have names of their own and never stand in for measured ones.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from workbench.errors import WorkbenchError
-from workbench.latency import LatencyModel
-from workbench.latency_machine import Machine, Phase
-from workbench.latency_table import LatencyTable
-from workbench.measuring import stepper_of
 from workbench.metric import Metric, Subject
 from workbench_metrics.bounds import folder_of
 from workbench_metrics.config import AUTO, Predicted, PredictedDecode, PredictedPrefill
+
+if TYPE_CHECKING:
+    from workbench.latency import LatencyModel
+    from workbench.latency_machine import Phase
 
 
 class _PredictedMilliseconds(Metric):
@@ -50,6 +50,12 @@ class _PredictedMilliseconds(Metric):
         Raises:
             WorkbenchError: there is no table of this machine, or it is another's.
         """
+        # Here, for whoever never asks: most studies do without.
+        from workbench.latency import LatencyModel
+        from workbench.latency_machine import Machine
+        from workbench.latency_table import LatencyTable
+        from workbench.measuring import stepper_of
+
         config = self.config
         timer, _ = stepper_of(config.steps, subject.device)
         machine = Machine.here(subject.device, config.dtype, timer, config.threads)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.plugins.test_metrics import hybrid, measure, subject_of
+from workbench import roofline
 from workbench.builder import Builder
 from workbench.config import NoConfig
 from workbench.errors import WorkbenchError
@@ -23,7 +24,7 @@ from workbench.quantizer import num_bytes
 from workbench.roofline import Ceilings, Roofline
 from workbench.testing import MetricContract
 from workbench.testing.toys import ToyText
-from workbench_metrics import bounds, speed
+from workbench_metrics import speed
 from workbench_metrics.config import Decode, Generate, Prefill, Throughput
 
 
@@ -44,7 +45,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         )
 
     monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path))
-    monkeypatch.setattr(bounds, "ceilings", found)
+    monkeypatch.setattr(roofline, "ceilings", found)
     return asked
 
 
