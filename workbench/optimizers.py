@@ -70,8 +70,8 @@ def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
 class BatchedMuon(torch.optim.Muon):
     """torch's Muon (Jordan et al., 2024), all matrices of a shape as one batch.
 
-    The same updates with a hundredth of the kernel launches, and with a learning rate that is read
-    on the device: a step can be captured in a CUDA graph.
+    The same updates in a few launches a shape rather than many a matrix, and with a learning rate
+    that is read on the device: a step can be captured in a CUDA graph.
     """
 
     @torch.no_grad()

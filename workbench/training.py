@@ -125,8 +125,8 @@ class _Run:
         tokens = config.batch_size * config.seq_len
         batches = upcoming_batches(self.data, config, self.step, pin=device.type == "cuda")
         with self.train_step.running(), contextlib.closing(batches):
+            started = time.perf_counter()  # making batches counts, or waiting for them
             for batch in batches:
-                started = time.perf_counter()
                 lr = config.lr_at(self.step)
                 loss = self.train_step(batch, lr)
                 self.step += 1
@@ -142,6 +142,7 @@ class _Run:
                     point["seconds"] = self.seconds
                     self.curve.append(point)
                 yield point
+                started = time.perf_counter()
 
     def _identity(self) -> dict[str, Any]:
         return {
