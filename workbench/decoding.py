@@ -134,10 +134,7 @@ class CapturedStep:
     ) -> None:
         if reason := why_not_captured(model, states):
             raise WorkbenchError(f"decode steps cannot be captured as a CUDA graph: {reason}")
-        rooms = [room for state in states if (room := state.room) is not None]
-        self._room = self._left = min(rooms, default=None)
-        if self._room == 0:
-            raise WorkbenchError("the states are full: make them with a larger max_length")
+        require_room(states)
         self._model, self._states = model, states
         self._sampling, self._generator = sampling, generator
         self._tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
@@ -168,21 +165,17 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(stream):
             for _ in range(WARMUP):
-                self._restore(before)
+                self.restore(before)
                 self._run()
-            self._restore(before)
+            self.restore(before)
         torch.cuda.current_stream(self._model.device).wait_stream(stream)
         if self._generator is not None and drawn is not None:
             self._generator.set_state(drawn)
 
-    def _restore(self, before: Sequence[State]) -> None:
+    def restore(self, before: Sequence[State]) -> None:
+        """Go on from states that are as those given at first were, or copies of them."""
         for state, earlier in zip(self._states, before, strict=True):
             state.restore(earlier)
-
-    def restore(self, before: Sequence[State]) -> None:
-        """Go on from states that are as full as those given at first were."""
-        self._restore(before)
-        self._left = self._room
 
     def __call__(self, tokens_B: Tensor) -> Tensor:
         """The logits `[B, V]` after the tokens `[B]`, or the tokens drawn from them, `[B]`.
@@ -192,17 +185,26 @@ class CapturedStep:
         Raises:
             WorkbenchError: the states have no room for another token.
         """
-        if self._left is not None:
-            if self._left == 0:
-                raise WorkbenchError(
-                    f"the states hold no more than the {self._room} tokens that were decoded: "
-                    "make them with a larger max_length"
-                )
-            self._left -= 1
+        require_room(self._states)
         self._tokens_B.copy_(tokens_B)
         with torch.cuda.device(self._model.device):
             self._graph.replay()
+        for state in self._states:
+            state.advance()
         return self._result
+
+
+def require_room(states: Sequence[State]) -> None:
+    """Refuse a step that the states cannot take: a graph would write past their end.
+
+    Raises:
+        WorkbenchError: a state is full.
+    """
+    for state in states:
+        if state.room == 0:
+            raise WorkbenchError(
+                f"{type(state).__name__} is full: make the states with a larger max_length"
+            )
 
 
 def captured_or_eager(

@@ -139,6 +139,12 @@ class State:
         rooms = [value.room for value in self._values().values() if isinstance(value, State)]
         return min((room for room in rooms if room is not None), default=None)
 
+    def advance(self) -> None:
+        """Count a step that a graph has replayed, for `room`: what the host must know of it."""
+        for value in self._values().values():
+            if isinstance(value, State):
+                value.advance()
+
     def restore(self, before: Self) -> None:
         """Become equal to `before`, an earlier copy: tensors in place, so that a graph sees it."""
         for name, then in before._values().items():

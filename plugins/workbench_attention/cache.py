@@ -26,7 +26,7 @@ class KVCache(State):
             in. None while all are, so that a plain batch holds and computes nothing more.
         document_B: `seq_idx` of the last token; None for document 0.
         position: after `make_static`, the number of tokens so far, int64 on the device; `length`
-            then stays what it was.
+            then counts by `advance` alone.
     """
 
     keys_BHLP: Tensor
@@ -53,6 +53,9 @@ class KVCache(State):
 
     def make_static(self) -> None:
         self.position = torch.tensor(self.length, device=self.keys_BHLP.device)
+
+    def advance(self) -> None:
+        self.length += 1
 
     def restore(self, before: KVCache) -> None:
         position = self.position

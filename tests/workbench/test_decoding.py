@@ -15,11 +15,13 @@ from workbench.decoding import (
     CapturedStep,
     Places,
     captured_or_eager,
+    require_room,
     why_not_captured,
     why_not_static,
 )
 from workbench.generation import generate, stream
 from workbench.layer import State
+from workbench.measuring import decode_time
 
 WIDTH = 64
 
@@ -173,3 +175,40 @@ def test_a_flag_that_a_step_turns_is_refused(builder, monkeypatch):
 
     monkeypatch.setattr(model, "step", step)
     assert why_not_static(model, states) == "a step changes 0.Passing.odd, which is no tensor"
+
+
+def counting(model, states, batch_size):
+    """A Stepper that counts as a captured step does; its states are static, its steps eager."""
+    for state in states:
+        state.make_static()
+
+    def step(tokens_B):
+        require_room(states)
+        logits_BV = model.step(tokens_B, states)
+        for state in states:
+            state.advance()
+        return logits_BV
+
+    return step
+
+
+@torch.inference_mode()
+def test_full_states_are_refused_until_they_are_restored(builder):
+    model = build(builder, "mamba", "attention")
+    states = filled(model, tokens=3)
+    before = copy.deepcopy(states)
+    step = counting(model, states, 2)
+    for _ in range(2):
+        for tokens_B in prompt(3).unbind(1):
+            step(tokens_B)
+        with pytest.raises(WorkbenchError, match=r"KVCache is full: .* max_length"):
+            step(tokens_B)
+        for state, earlier in zip(states, before, strict=True):
+            state.restore(earlier)
+
+
+def test_timing_many_steps_takes_no_more_room_than_it_asked_for(builder):
+    timing = decode_time(
+        build(builder, "attention"), 2, 5, tokens=3, min_seconds=0.0, stepper=counting
+    )
+    assert timing.repeats == 20  # of three tokens each round
