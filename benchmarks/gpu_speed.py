@@ -4,8 +4,8 @@
 
 The same layout, batch and optimizer for all, one process a contestant, one run; figures are
 medians of the device's clock with the distance of the 10th to the 90th percentile beside them.
-First calls, which compile and tune, are not in them. Peak memory is what tensors held. With
-`--profile`, the kernels that took longest follow.
+First calls, which compile and tune, are not in them. Peak memory is the most that tensors held in
+the whole process, first calls included. With `--profile`, the kernels that took longest follow.
 """
 
 from __future__ import annotations
@@ -118,8 +118,6 @@ def timed_steps(
 ) -> dict[str, Any]:
     for _ in range(5):
         loss = step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     timing = time_calls(step, device="cuda", warmup=2, repeats=15)
     return {
         **first,

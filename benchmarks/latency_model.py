@@ -29,26 +29,25 @@ from workbench.measuring import STEPS, ProcessorClock, stepper_of
 from workbench.roofline import Roofline, measure_ceilings
 from workbench.space import Space, SpaceConfig
 
-VOCABULARY = 512
 BLOCKS = 24  # of the layouts whose prediction is timed
 TIMED = 500  # layouts
 
 
-def space(builder: Builder, widths: Sequence[int], depths: Sequence[int]) -> Space:
+def space(builder: Builder, options: argparse.Namespace, depths: Sequence[int]) -> Space:
     """Mamba, Mamba-2 and attention in any order, each followed by a SwiGLU."""
     config = SpaceConfig(
-        d_model=list(widths),
+        d_model=options.widths,
         num_layers=list(depths),
         mixers=("mamba", "mamba2", "attention"),
         placements=("free",),
         mlps=("swiglu",),
         layers={
             "mamba": {"d_state": 16},
-            "mamba2": {"headdim": 32, "d_state": 32},
-            "attention": {"head_dim": 32},
+            "mamba2": {"headdim": options.head_dim, "d_state": options.state},
+            "attention": {"head_dim": options.head_dim},
         },
     )
-    return Space(config, builder, VOCABULARY)
+    return Space(config, builder, options.vocabulary)
 
 
 def make_table(
@@ -71,7 +70,9 @@ def make_table(
         progress=lambda done, total, what: print(f"{done}/{total} {what}", file=sys.stderr),
     )
     loads = [
-        Load(phase=phase, batch_size=options.batch, length=options.context) for phase in PHASES
+        Load(phase=phase, batch_size=batch, length=options.context)
+        for phase in PHASES
+        for batch in options.batch
     ]
     for part, reason in filler.fill(layouts, loads).failed.items():
         print(f"not measured: {part}: {reason}", file=sys.stderr)
@@ -109,10 +110,10 @@ def speed(table: LatencyTable, builder: Builder, options: argparse.Namespace) ->
     """Predictions a second of layouts that were never seen, seconds of this process."""
     roofline = Roofline(builder, measure_ceilings(options.device, options.dtype))
     model = LatencyModel.fitted(table, builder, roofline)
-    many = draw_layouts(space(builder, options.widths, [BLOCKS // 2]), TIMED, seed=1)
+    many = draw_layouts(space(builder, options, [BLOCKS // 2]), TIMED, seed=1)
     begin = time.process_time()
     for layout in many:
-        model.predict(layout, "decode", options.batch, options.context)
+        model.predict(layout, "decode", options.batch[0], options.context)
     spent = time.process_time() - begin
     limits = roofline.ceilings
     return (
@@ -133,7 +134,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--widths", default=[64, 128], **numbers)
     parser.add_argument("--depths", default=[2, 3, 4, 6], **numbers)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--state", type=int, default=32, help="of Mamba-2")
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--batch", default=[1], **numbers)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--fit", type=int, default=16, help="whole models to fit to")
     parser.add_argument("--check", type=int, default=16, help="other whole models to judge by")
@@ -152,9 +156,7 @@ def main() -> int:
     if options.read is not None:
         table = LatencyTable.read(options.read, strict=False)
     else:
-        layouts = draw_layouts(
-            space(builder, options.widths, options.depths), options.fit + options.check
-        )
+        layouts = draw_layouts(space(builder, options, options.depths), options.fit + options.check)
         table = make_table(options, builder, layouts)
     machine = table.machine
     print(

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import FieldError
 
@@ -42,6 +42,14 @@ def init_dt_bias(bias: Tensor, config: Any) -> None:
     dt = torch.empty_like(bias, dtype=torch.float32).uniform_(low, high).exp_()
     dt.clamp_(min=config.dt_init_floor)
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear is its product alone: not quantized, adapted, biased or watched by hooks."""
+    if type(linear) is not nn.Linear or dict(linear.named_parameters()).keys() != {"weight"}:
+        return False
+    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks
+    return type(linear.weight) is nn.Parameter and not any(len(kind) for kind in hooks)
 
 
 def require_at_least_one(config: Any, *names: str) -> None:

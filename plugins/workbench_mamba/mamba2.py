@@ -27,6 +27,7 @@ from workbench_mamba.common import (
     check_shared,
     divisors,
     init_dt_bias,
+    is_plain,
     nearest,
     require_at_least_one,
     upcast,
@@ -224,7 +225,7 @@ class Mamba2(Layer):
     ) -> Tensor:
         zxbcdt_BTR = self.in_proj(x_BTD)
         if self._is_fused(zxbcdt_BTR, context, state):
-            return self.out_proj(self._fused(zxbcdt_BTR, context, state))  # type: ignore[no-any-return]
+            return self._fused(zxbcdt_BTR, context, state)
         z_BTI, xBC_BTC, dt_BTH = self._parts(zxbcdt_BTR)
         # Masked here, not before in_proj: its bias would make padding differ from no token.
         xBC_BTC, conv_BCW = causal_conv1d(
@@ -285,13 +286,17 @@ class Mamba2(Layer):
         return state is None or not torch.is_grad_enabled()
 
     def _fused(self, zxbcdt_BTR: Tensor, context: Context, state: Mamba2State | None) -> Tensor:
-        """From the input projection's output to the output projection's input, `[B, T, I]`."""
+        """All that follows the input projection, `[B, T, D]`."""
         from workbench_mamba.kernels.mamba2_inner import mamba2_inner
 
+        out_weight_DI = None
+        if is_plain(self.out_proj):
+            out_weight_DI = self.out_proj.weight.to(zxbcdt_BTR.dtype)
         conv_BCW = None if state is None else state.conv_BCW
-        y_BTI, ssm_BHPN = mamba2_inner(
+        y_BT, ssm_BHPN = mamba2_inner(
             zxbcdt_BTR,
             *self._inner_weights(),
+            out_weight_DI=out_weight_DI,
             groups=self.config.n_groups,
             norm_groups=self.norm.groups,
             eps=self.norm.eps,
@@ -305,7 +310,7 @@ class Mamba2(Layer):
             xBC_BTC = zxbcdt_BTR[..., self.inner : self.inner + channels]
             state.conv_BCW.copy_(last_inputs(xBC_BTC, state.conv_BCW, context.seq_idx_BT))
             state.ssm_BHPN.copy_(ssm_BHPN)
-        return y_BTI
+        return self.out_proj(y_BT) if out_weight_DI is None else y_BT
 
     def _inner_weights(self) -> tuple[Any, ...]:
         """Filter, its bias (or None), step sizes' bias, A_log, D and the norm's weight."""

@@ -19,6 +19,7 @@ CONFIGS = (
     {"headdim": 64, "d_state": 128, "n_groups": 2},
     {"headdim": 32, "d_state": 64, "dt_limit_min": 0.002, "dt_limit_max": 0.05},
     {"headdim": 32, "d_state": 64, "conv_bias": False, "grouped_norm": False, "n_groups": 2},
+    {"headdim": 32, "d_state": 64, "bias": True, "d_conv": 3},
 )
 # RMS of the difference relative to the reference's; float32 runs the kernels without TF32.
 TOLERANCE = {torch.float32: 6e-4, torch.bfloat16: 3e-2}

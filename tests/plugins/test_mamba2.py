@@ -26,6 +26,8 @@ from workbench.errors import FieldError
 from workbench.layer import Context
 from workbench.layout import Block, Layout
 from workbench.testing import LayerContract
+from workbench_mamba.bitlinear import BitLinear
+from workbench_mamba.common import is_plain
 from workbench_mamba.mamba2 import Mamba2
 
 D_MODEL = 32
@@ -342,3 +344,11 @@ def test_impossible_values_are_refused_by_field(field: str, values: dict[str, An
     with pytest.raises(FieldError) as error:
         Mamba2.check(64, Mamba2.Config(**values))
     assert error.value.field == field
+
+
+def test_a_linear_is_plain_unless_something_more_than_its_product_is_wanted():
+    assert is_plain(nn.Linear(4, 4, bias=False))
+    watched = nn.Linear(4, 4, bias=False)
+    watched.register_forward_hook(lambda *_: None)
+    adapted = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
+    assert not any(map(is_plain, (nn.Linear(4, 4), watched, adapted, BitLinear(4, 4, bias=False))))

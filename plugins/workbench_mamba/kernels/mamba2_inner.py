@@ -1,11 +1,12 @@
-"""All of Mamba-2 between its two projections as one operator, for training and prefill on CUDA.
+"""All of Mamba-2 after its input projection as one operator, for training and prefill on CUDA.
 
 Between the projections a block is bound by memory: here every tensor is read where the projection
-wrote it, and gradients are written where the projection wants them. The convolution's output is
-not kept but computed again for the gradients.
+wrote it, and gradients are written where the projection wants them. What the convolution and the
+gated norm give is not kept but computed again for the gradients.
 
-Shape suffixes: B batch, L length, R rows of the projection (gate, convolved channels, step sizes),
-I inner channels, C convolved ones, W width of the filter, H heads, P head dim, N state.
+Shape suffixes: B batch, L length, D d_model, R rows of the input projection (gate, convolved
+channels, step sizes), I inner channels, C convolved ones, W width of the filter, H heads,
+P head dim, N state.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def mamba2_inner(
     D_H: Tensor,
     norm_weight_I: Tensor,
     *,
+    out_weight_DI: Tensor | None,
     groups: int,
     norm_groups: int,
     eps: float,
@@ -39,9 +41,11 @@ def mamba2_inner(
     conv_state_BCW: Tensor | None = None,
     state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, scan and gated norm of what `in_proj` gave: what `out_proj` takes, `[B, L, I]`.
+    """Convolution, scan, gated norm and output projection of what `in_proj` gave, `[B, L, D]`.
 
     Args:
+        out_weight_DI: of the output projection, in the dtype of `zxbcdt_BLR`; None to project
+            elsewhere: the result is then `[B, L, I]`.
         groups: of heads that share B and C.
         norm_groups: of channels that are normed apart.
         conv_state_BCW, state_BHPN: to continue from, without gradients.
@@ -49,14 +53,15 @@ def mamba2_inner(
     Returns:
         The output in the projection's dtype, and the state after the last token, float32.
     """
-    tensors = (zxbcdt_BLR, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I)
+    inner = (zxbcdt_BLR, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I)
+    tensors = (*inner, out_weight_DI)
     save = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
     low, high = dt_limits
     numbers = (groups, norm_groups, eps, low, float("inf") if high is None else high, save)
-    out_BLI, final_BHPN, _, _ = _forward(*tensors, seq_idx_BL, conv_state_BCW, state_BHPN, *numbers)
-    return out_BLI, final_BHPN
+    out, final_BHPN, _, _ = _forward(*tensors, seq_idx_BL, conv_state_BCW, state_BHPN, *numbers)
+    return out, final_BHPN
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mamba2_inner_forward", mutates_args=())
@@ -68,6 +73,7 @@ def _forward(
     A_log_H: Tensor,
     D_H: Tensor,
     norm_weight_I: Tensor,
+    out_weight_DI: Tensor | None,
     seq_idx_BL: Tensor | None,
     conv_state_BCW: Tensor | None,
     state_BHPN: Tensor | None,
@@ -79,7 +85,8 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final state, and for the backward pass the scan's output and its chunks' states."""
-    from workbench_mamba.scan.triton_mamba2 import conv_forward, gated_norm_forward
+    from workbench_mamba.scan.triton_convolution import conv_forward
+    from workbench_mamba.scan.triton_gated_norm import gated_norm_forward
     from workbench_mamba.scan.triton_ssd import ssd_forward
 
     parts = _Parts(zxbcdt_BLR, conv_weight_CW, dt_bias_H, norm_weight_I, groups)
@@ -92,10 +99,12 @@ def _forward(
         x, dt_BLH, A_H, B, C, D_H.float(), state_BHPN, seq_idx_BL, save=save
     )
     y_BLI = y_BLHP.flatten(-2)
-    out_BLI = gated_norm_forward(y_BLI, parts.z, norm_weight_I, norm_groups, eps)
+    out = gated_norm_forward(y_BLI, parts.z, norm_weight_I, norm_groups, eps)
+    if out_weight_DI is not None:
+        out = F.linear(out, out_weight_DI)
     if not save:
-        return out_BLI, final_BHPN, out_BLI.new_empty(0), out_BLI.new_empty(0)
-    return out_BLI, final_BHPN, y_BLI, saved[0]
+        return out, final_BHPN, out.new_empty(0), out.new_empty(0)
+    return out, final_BHPN, y_BLI, saved[0]
 
 
 @_forward.register_fake
@@ -107,6 +116,7 @@ def _(
     A_log_H: Tensor,
     D_H: Tensor,
     norm_weight_I: Tensor,
+    out_weight_DI: Tensor | None,
     seq_idx_BL: Tensor | None,
     conv_state_BCW: Tensor | None,
     state_BHPN: Tensor | None,
@@ -121,18 +131,20 @@ def _(
 
     parts = _Parts(zxbcdt_BLR, conv_weight_CW, dt_bias_H, norm_weight_I, groups)
     batch, length, _ = zxbcdt_BLR.shape
-    out = zxbcdt_BLR.new_empty((batch, length, parts.inner))
+    y = zxbcdt_BLR.new_empty((batch, length, parts.inner))
+    width = parts.inner if out_weight_DI is None else len(out_weight_DI)
+    out = zxbcdt_BLR.new_empty((batch, length, width))
     sizes = (parts.head_dim, parts.d_state)
     final = zxbcdt_BLR.new_empty((batch, parts.heads, *sizes), dtype=torch.float32)
     if not save:
         return out, final, out.new_empty(0), out.new_empty(0)
     pairs = -(-length // (2 * tiles(*sizes, zxbcdt_BLR.dtype).tokens))
-    return out, final, torch.empty_like(out), out.new_empty((batch, parts.heads, pairs, *sizes))
+    return out, final, y, out.new_empty((batch, parts.heads, pairs, *sizes))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mamba2_inner_backward", mutates_args=())
 def _backward(
-    dout_BLI: Tensor,
+    dout: Tensor,
     y_BLI: Tensor,
     states: Tensor,
     zxbcdt_BLR: Tensor,
@@ -142,6 +154,7 @@ def _backward(
     A_log_H: Tensor,
     D_H: Tensor,
     norm_weight_I: Tensor,
+    out_weight_DI: Tensor | None,
     seq_idx_BL: Tensor | None,
     groups: int,
     norm_groups: int,
@@ -149,20 +162,24 @@ def _backward(
     low: float,
     high: float,
 ) -> list[Tensor]:
-    """Gradients of the tensors up to the norm's weight; the bias' is empty where there is none."""
-    from workbench_mamba.scan.triton_mamba2 import (
-        conv_backward,
-        conv_forward,
-        gated_norm_backward,
-    )
+    """Gradients of the tensors up to the output projection's; empty for those that are None."""
+    from workbench_mamba.scan.triton_convolution import conv_backward, conv_forward
+    from workbench_mamba.scan.triton_gated_norm import gated_norm_backward
     from workbench_mamba.scan.triton_ssd import ssd_backward
 
     parts = _Parts(zxbcdt_BLR, conv_weight_CW, dt_bias_H, norm_weight_I, groups)
     dzxbcdt_BLR = torch.empty_like(zxbcdt_BLR)
     dz, dxBC, draw = parts.cut(dzxbcdt_BLR)
+    dout, dout_weight_DI, out_BLI = dout.contiguous(), None, None
+    dout_BLI = dout
+    if out_weight_DI is not None:
+        dout_BLI, out_BLI = dout @ out_weight_DI, torch.empty_like(y_BLI)
     dy_BLI, dnorm_I = gated_norm_backward(
-        dout_BLI.contiguous(), y_BLI, parts.z, norm_weight_I, norm_groups, eps, dz
+        dout_BLI, y_BLI, parts.z, norm_weight_I, norm_groups, eps, dz, out_BLI
     )
+    if out_BLI is not None:
+        dout_weight_DI = dout.flatten(0, 1).t() @ out_BLI.flatten(0, 1)
+        del dout_BLI, out_BLI
     documents_BL = None if seq_idx_BL is None else documents(seq_idx_BL).int()
     x, B, C = parts.split(conv_forward(parts.xBC, conv_weight_CW, conv_bias_C, documents_BL))
     step_BLH = F.softplus(parts.raw.float() + dt_bias_H.float())
@@ -180,15 +197,16 @@ def _backward(
     draw.copy_(draw_BLH)
     gradients = (dzxbcdt_BLR, dweight_CW, dbias_C, draw_BLH.sum((0, 1)), dA * A_H, dD, dnorm_I)
     given = (zxbcdt_BLR, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I)
+    pairs = zip((*gradients, dout_weight_DI), (*given, out_weight_DI), strict=True)
     return [
         zxbcdt_BLR.new_empty(0) if like is None or gradient is None else gradient.to(like.dtype)
-        for gradient, like in zip(gradients, given, strict=True)
+        for gradient, like in pairs
     ]
 
 
 @_backward.register_fake
 def _(
-    dout_BLI: Tensor,
+    dout: Tensor,
     y_BLI: Tensor,
     states: Tensor,
     zxbcdt_BLR: Tensor,
@@ -198,6 +216,7 @@ def _(
     A_log_H: Tensor,
     D_H: Tensor,
     norm_weight_I: Tensor,
+    out_weight_DI: Tensor | None,
     seq_idx_BL: Tensor | None,
     groups: int,
     norm_groups: int,
@@ -208,7 +227,7 @@ def _(
     given = (zxbcdt_BLR, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I)
     return [
         zxbcdt_BLR.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in given
+        for tensor in (*given, out_weight_DI)
     ]
 
 
@@ -220,14 +239,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout_BLI: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if ctx.continued:
         raise NotImplementedError("no gradients through a continued state: use the torch backend")
     y_BLI, states, *tensors = ctx.saved_tensors
     nothing = (None,) * 9
-    if dout_BLI is None:
-        return (None,) * 7 + nothing
-    found = _backward(dout_BLI, y_BLI, states, *tensors, *ctx.numbers)
+    if dout is None:
+        return (None,) * 8 + nothing
+    found = _backward(dout, y_BLI, states, *tensors, *ctx.numbers)
     given = [None if tensor is None else grad for tensor, grad in zip(tensors, found, strict=False)]
     return (*given, *nothing)
 

@@ -31,7 +31,8 @@ def mamba2_step(
     high: float | None,
 ) -> Tensor:
     """`mamba2_inner` at one token, `[B, I]`; both states are updated in place."""
-    from workbench_mamba.scan.triton_mamba2 import conv_step, gated_norm_forward, state_step
+    from workbench_mamba.scan.triton_gated_norm import gated_norm_forward
+    from workbench_mamba.scan.triton_mamba2_step import conv_step, state_step
 
     inner, channels = norm_weight_I.shape[0], conv_weight_CW.shape[0]
     z_BI, xBC_BC = zxbcdt_BR[:, :inner], zxbcdt_BR[:, inner : inner + channels]
