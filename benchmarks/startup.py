@@ -3,7 +3,8 @@
     python benchmarks/startup.py [--rounds 15] [--check]
 
 Wall seconds of whole processes, from their start to their end. The contestants take turns, so
-that whatever else the machine does hits them alike; a figure is the median over the rounds.
+that whatever else the machine does hits them alike; a figure is the median over the rounds. The
+first description is computed and kept in an empty cache folder, the repeated one is found there.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +25,8 @@ from workbench.environment import processor_name
 
 TARGET = 0.3  # seconds
 DESCRIBE = "workbench describe bamba-9b"
-DESCRIBE_TARGET = 2.0  # seconds, most of them torch's own import
+FIRST, AGAIN = f"{DESCRIBE} (first)", f"{DESCRIBE} (repeated)"
+FIRST_TARGET = 0.3  # seconds besides torch's own import, which it cannot do without
 TRIALS = 100
 PEERS = ("python -c pass", 'python -c "import optuna"', 'python -c "import torch"')
 WARM_UP_ROUNDS = 1  # writes bytecode, fills the disk cache
@@ -65,27 +68,30 @@ def contestants(folder: Path) -> dict[str, list[str]]:
         f"workbench show STUDY ({TRIALS} trials)": [
             *(command, "show", "many", "--runs", str(folder / "many"))
         ],
-        DESCRIBE: [command, *DESCRIBE.split()[1:]],
+        FIRST: [command, *DESCRIBE.split()[1:]],
+        AGAIN: [command, *DESCRIBE.split()[1:]],
         PEERS[0]: [sys.executable, "-c", "pass"],
         PEERS[1]: [sys.executable, "-c", "import optuna"],
         PEERS[2]: [sys.executable, "-c", "import torch"],
     }
 
 
-def seconds_of(command: list[str]) -> float:
-    """Wall seconds of one process, which must succeed."""
-    environment = {**os.environ, "COLUMNS": "120"}
+def seconds_of(command: list[str], cache: Path) -> float:
+    """Wall seconds of one process, which must succeed and keeps descriptions in `cache`."""
+    environment = {**os.environ, "COLUMNS": "120", "WORKBENCH_CACHE": str(cache)}
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - started
 
 
-def measure(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+def measure(commands: dict[str, list[str]], rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of every round by name."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for index in range(WARM_UP_ROUNDS + rounds):
         for name, command in commands.items():
-            spent = seconds_of(command)
+            if name == FIRST:
+                shutil.rmtree(folder / "empty", ignore_errors=True)
+            spent = seconds_of(command, folder / ("empty" if name == FIRST else "cache"))
             if index >= WARM_UP_ROUNDS:
                 seconds[name].append(spent)
     return seconds
@@ -115,12 +121,15 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail above a target")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measure(contestants(Path(folder)), options.rounds)
+        commands = contestants(Path(folder) / "runs")
+        seconds = measure(commands, options.rounds, Path(folder))
     print(report(seconds, options.rounds))
-    targets = {name: TARGET for name in seconds if name not in PEERS} | {DESCRIBE: DESCRIBE_TARGET}
-    slow = [name for name, target in targets.items() if statistics.median(seconds[name]) > target]
+    medians = {name: statistics.median(spent) for name, spent in seconds.items()}
+    targets = {name: TARGET for name in seconds if name not in PEERS}
+    targets[FIRST] = medians[PEERS[2]] + FIRST_TARGET
+    slow = [name for name, target in targets.items() if medians[name] > target]
     for name in slow:
-        print(f"{name} takes more than {targets[name]} s", file=sys.stderr)
+        print(f"{name} takes more than {targets[name]:.3g} s", file=sys.stderr)
     return int(options.check and bool(slow))
 
 

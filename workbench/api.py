@@ -144,10 +144,10 @@ def describe(
 def _study_conditions(
     source: Source, builder: Builder, plugin_dirs: Iterable[str | Path], runs: str | Path | None
 ) -> Conditions:
-    from workbench.export import trial_builder
-
     if not _names_trial(source, builder):
         return Conditions()
+    from workbench.export import trial_builder
+
     _, study = trial_builder(load_trial(str(source), runs), tuple(map(Path, plugin_dirs)))
     return conditions_of(study, builder)
 

@@ -1,7 +1,8 @@
 """What a layout costs, as a table: exact, a row a block, without building or allocating it.
 
 Every figure comes from `Builder.costs`. What a preset's document states is kept in a column of its
-own: a claim is never mixed with a count.
+own: a claim is never mixed with a count. This module imports no torch: what was described before
+is shown without (`description_cache.py`).
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from workbench import config as configs
-from workbench.builder import Builder, LayoutCosts
 from workbench.costs import Costs
-from workbench.description_conditions import Conditions
 from workbench.description_text import to_html, to_text
 from workbench.layout import Block, Layout
 from workbench.preset import Preset
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from workbench.builder import Builder, LayoutCosts
+    from workbench.description_conditions import Conditions
 
 STATED = "stated (claimed)"
 

@@ -7,12 +7,14 @@ uses the same, so that the two agree.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench import config as configs
-from workbench.builder import Builder
 from workbench.costs import DTYPE_BYTES
-from workbench.study_config import StudyConfig
+
+if TYPE_CHECKING:
+    from workbench.builder import Builder
+    from workbench.study_config import StudyConfig
 
 NAMES = {
     "context": "context",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 from workbench.errors import FieldError
@@ -37,8 +38,17 @@ class RandomSuggester:
         return low + step * self.dice.randrange(math.floor((high - low) / step + 1e-9) + 1)
 
 
-def draw_layouts(space: Space, count: int, seed: int = 0) -> list[Layout]:
-    """At most `count` different layouts of a space, each resolved; fewer from a small space."""
+def draw_layouts(
+    space: Space,
+    count: int,
+    seed: int = 0,
+    refused: Callable[[FieldError], None] | None = None,
+) -> list[Layout]:
+    """At most `count` different layouts of a space, each resolved; fewer from a small space.
+
+    Args:
+        refused: is told of each draw whose values do not fit together.
+    """
     suggester = RandomSuggester(random.Random(seed))
     found: dict[str, Layout] = {}
     for _ in range(TRIES * count):
@@ -46,7 +56,9 @@ def draw_layouts(space: Space, count: int, seed: int = 0) -> list[Layout]:
             break
         try:
             layout = space.suggest(suggester)
-        except FieldError:  # values that do not fit together
+        except FieldError as error:  # values that do not fit together
+            if refused is not None:
+                refused(error)
             continue
         found.setdefault(layout.hash, layout)
     return list(found.values())

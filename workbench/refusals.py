@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from workbench.errors import FieldError
 from workbench.ledger import UNBUILDABLE
 from workbench.records import Trial
 from workbench.space import SpaceConfig
@@ -21,23 +22,33 @@ def cause_of(trial: Trial) -> str:
     violated = [name for name, excess in _violations(trial).items() if excess > 0]
     if violated:
         return ", ".join(f"constraints.{name}" for name in violated)
-    return IN_BLOCK.sub(r"\1", trial.reason.partition(": ")[0])
+    return _field_of(trial.reason)
+
+
+def _field_of(reason: str) -> str:
+    return IN_BLOCK.sub(r"\1", reason.partition(": ")[0])
 
 
 class Refusals:
-    """The infeasible trials of one run, by cause, each with its nearest miss."""
+    """Suggestions that came to nothing, by cause, each cause with its nearest miss."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._nearest: dict[str, tuple[float, str]] = {}
 
     def add(self, trial: Trial) -> None:
-        """Count a trial."""
-        cause = cause_of(trial)
-        self.counts[cause] += 1
+        """Count an infeasible trial."""
         miss = sum(max(0.0, excess) for excess in _violations(trial).values())
+        self._count(cause_of(trial), miss, trial.reason)
+
+    def add_error(self, error: FieldError) -> None:
+        """Count a suggestion whose values do not fit together, of which there is no trial."""
+        self._count(_field_of(str(error)), 0.0, str(error))
+
+    def _count(self, cause: str, miss: float, reason: str) -> None:
+        self.counts[cause] += 1
         if cause not in self._nearest or miss < self._nearest[cause][0]:
-            self._nearest[cause] = (miss, trial.reason)
+            self._nearest[cause] = (miss, reason)
 
     def lines(self, space: SpaceConfig) -> list[str]:
         """A line a cause, the commonest first: how often, where to change it, the nearest miss."""

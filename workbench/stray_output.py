@@ -16,6 +16,11 @@ _named: set[str] = set()  # who was named already in this process
 _results: list[TextIO] = []  # where results go while standard output is not theirs
 
 
+def named() -> frozenset[str]:
+    """Who printed to standard output in this process, where that is for results."""
+    return frozenset(_named)
+
+
 def results() -> TextIO:
     """The stream for a command's results: standard output, wherever `sys.stdout` points now."""
     return _results[-1] if _results else sys.stdout

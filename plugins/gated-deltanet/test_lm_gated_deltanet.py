@@ -9,6 +9,7 @@ SMALL = {"num_k_heads": 2, "head_k_dim": 8, "head_v_dim": 12, "chunk_size": 8}
 
 class TestGatedDeltaNet(LayerContract):
     layer = GatedDeltaNet
+    captured = True
     configs = (
         GatedDeltaNet.Config(),
         GatedDeltaNet.Config(**SMALL, num_v_heads=4, allow_neg_eigval=True),

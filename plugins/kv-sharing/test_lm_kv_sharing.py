@@ -27,6 +27,7 @@ HEADS = {"num_heads": 4, "num_kv_heads": 2}
 
 class TestKVSharing(LayerContract):
     layer = KVSharingAttention
+    captured = True
     configs = (
         KVSharingConfig(num_heads=4),
         KVSharingConfig(num_heads=4, num_kv_heads=2, position="alibi"),

@@ -23,6 +23,7 @@ MULTIPLIERS = {
 
 class TestParallelHybrid(LayerContract):
     layer = ParallelHybrid
+    captured = True
     configs = (
         Config(**SMALL),
         Config(**SMALL, attention_share=0.7, n_groups=2, attention_norm=True, sliding_window=5),
@@ -33,6 +34,7 @@ class TestParallelHybrid(LayerContract):
 
 class TestScaledSwiGLU(LayerContract):
     layer = ScaledSwiGLU
+    captured = True
     configs = (
         ScaledSwiGLU.Config(),
         ScaledSwiGLU.Config(gate_multiplier=0.4, down_multiplier=0.1, bias=True),

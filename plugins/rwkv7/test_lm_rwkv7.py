@@ -21,6 +21,7 @@ SMALL = {
 
 class TestRWKV7(LayerContract):
     layer = RWKV7
+    captured = True
     configs = (
         RWKV7.Config(head_dim=16),
         RWKV7.Config(**SMALL),
@@ -32,6 +33,7 @@ class TestRWKV7AfterTheFirst(LayerContract):
     """A block that takes in the first one's value, not that of the one before it."""
 
     layer = RWKV7
+    captured = True
     configs = (RWKV7.Config(**SMALL),)
     name = "rwkv7"
 
@@ -42,4 +44,5 @@ class TestRWKV7AfterTheFirst(LayerContract):
 
 class TestChannelMix(LayerContract):
     layer = ChannelMix
+    captured = True
     configs = (ChannelMix.Config(), ChannelMix.Config(intermediate_size=40))

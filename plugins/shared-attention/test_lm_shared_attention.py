@@ -10,6 +10,7 @@ from workbench.testing import LayerContract
 
 class TestSharedAttention(LayerContract):
     layer = SharedAttention
+    captured = True
     in_model = True
     configs = (
         SharedAttentionConfig(num_heads=4, adapter_rank=4),
@@ -26,6 +27,7 @@ class TestSharedTwice(TestSharedAttention):
 
 class TestZamba2(LayerContract):
     layer = Zamba2
+    captured = True
     in_model = True
     configs = (
         Zamba2Config(num_heads=4, headdim=16, d_state=8, chunk_size=8, adapter_rank=4),

@@ -9,6 +9,7 @@ Config = SinkAttention.Config
 
 class TestSinkAttention(LayerContract):
     layer = SinkAttention
+    captured = True
     configs = (
         Config(num_heads=4, num_kv_heads=2, head_dim=8, num_sinks=3, window=5),
         Config(num_heads=4, num_sinks=3, window=5, position="text", sink_logits=True),

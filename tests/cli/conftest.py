@@ -115,6 +115,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_descriptions_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the user's cache folder alone."""
+    monkeypatch.setenv("WORKBENCH_CACHE", "")
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
     """Run a command in this process, in an empty folder, with no width to fit."""

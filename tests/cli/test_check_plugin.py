@@ -182,7 +182,9 @@ def test_the_suite_of_the_authors_tests_goes_first(cli: Cli, tmp_path: Path) -> 
         (["missing.py"], "missing.py: no such file"),
         (["mamba", "--timeout", "0"], "--timeout: 0 s are no time for a check: 120 are"),
         (["mamba", "--timeout", "nan"], "--timeout: nan s are no time"),
-        (["mlp", "--only", "no_such_check"], "--only 'no_such_check' selects no check"),
+        (["mlp", "--only", "no_such_check"], "--only: 'no_such_check' selects no check"),
+        (["mlp", "--only", "causalty"], "see them all. Checks of such names: causality."),
+        (["mlp", "--only", "costs and"], "--only: 'costs and': a name is missing after 'and'."),
     ],
 )
 def test_mistakes_are_refused(cli: Cli, arguments: list[str], words: str) -> None:

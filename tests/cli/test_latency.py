@@ -141,3 +141,21 @@ def test_options_that_make_no_sense(
 
 def test_a_study_that_is_not_there(cli: Cli) -> None:
     assert "cannot read the study file" in cli("latency", "none.toml").refused()
+
+
+def test_a_space_that_cannot_be_built_says_what_refuses_it(cli: Cli, toy_study: Path) -> None:
+    text = toy_study.read_text().replace("d_model = [8, 12, 16]", "d_model = 30")
+    text = text.replace('mixers = ["toy", "other"]', 'mixers = ["attention", "mamba2"]')
+    text += "\n[space.layers.attention]\nnum_heads = [4, 7]\n[space.layers.mamba2]\nheaddim = 64\n"
+    toy_study.write_text(text)
+    message = cli("latency", toy_study, "--fit", "1", "--check", "1", "--cover", "1").refused()
+    first, *causes, last = message.splitlines()
+    assert first.endswith("toys.toml: none of 60 layouts drawn can be built. What refused them:")
+    counts = [int(cause.partition(" × ")[0]) for cause in causes]
+    assert sum(counts) == 60
+    assert counts == sorted(counts, reverse=True)
+    assert {cause.partition(" × ")[2].partition(", such as: blocks[0]")[0] for cause in causes} == {
+        "[space.layers.attention] num_heads",
+        "[space.layers.mamba2] headdim",
+    }
+    assert last == "Change that in the file."

@@ -59,14 +59,13 @@ class _ConvertsLittle:
     """Converts only values that were given and are no text.
 
     typer converts absent values and text too, with pydantic, whose import would be half of the
-    time that `workbench show` takes.
+    time that `workbench show` takes, or a description that is repeated.
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
-            optional = not (parameter.required or parameter.multiple)
-            if optional and "process_value" not in vars(parameter):
+            if "process_value" not in vars(parameter):
                 parameter.process_value = _lightened(parameter)
         return parameters
 
@@ -77,7 +76,7 @@ def _lightened(parameter: Any) -> Callable[[Any, Any], Any]:
     kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
 
     def process(ctx: Any, value: Any) -> Any:
-        if value is None:
+        if value is None and not parameter.required:
             return parameter.callback and parameter.callback(ctx, parameter, None)
         if kind in (str, Path) and isinstance(value, str) and parameter.callback is None:
             return kind(value)

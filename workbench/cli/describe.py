@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench import stray_output
-from workbench.cli.common import Json, PluginDirs, Runs, Source, line_width, print_json
+from workbench.cli.common import Json, PluginDirs, Runs, Source, line_width, print_json, warn
+
+if TYPE_CHECKING:
+    from workbench.description import Description
 
 EXAMPLES = """\
   workbench describe mamba-130m
@@ -42,9 +46,10 @@ def describe(
 ) -> None:
     """Describe a layout exactly: parameters, FLOPs, bytes.
 
-    A row a block, nothing measured and nothing allocated: an 8 B layout takes a second.
+    A row a block, nothing measured and nothing allocated. A preset's description is kept in the
+    user's cache folder, or in that which WORKBENCH_CACHE names, and shown again at once as long
+    as no source that it was computed from has changed.
     """
-    from workbench.api import describe as describe_layout
     from workbench.costs import DTYPE_BYTES
     from workbench.description_text import to_text
     from workbench.errors import FieldError, UnknownNameError
@@ -54,16 +59,38 @@ def describe(
     for name, value in (("--context", context), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise FieldError(name, f"must be at least 1, got {value}")
-    with stray_output.apart():
-        description = describe_layout(
-            source,
-            runs=runs,
-            context=context,
-            batch_size=batch_size,
-            bytes_per_element=None if dtype is None else DTYPE_BYTES[dtype],
-            plugin_dirs=tuple(plugin_dir or ()),
-        )
+    description = _described(
+        source,
+        runs,
+        tuple(str(folder.resolve()) for folder in plugin_dir or ()),
+        context=context,
+        batch_size=batch_size,
+        bytes_per_element=None if dtype is None else DTYPE_BYTES[dtype],
+    )
     if json:
         print_json(description.to_dict())
     else:
         print(to_text(description, line_width()))
+
+
+def _described(
+    source: str, runs: Path | None, plugin_dirs: tuple[str, ...], **conditions: int | None
+) -> Description:
+    """As it was kept, else computed, and kept for the next time where that can be."""
+    from workbench.description_cache import DescriptionCache
+
+    cache = DescriptionCache({"source": source, **conditions}, plugin_dirs)
+    if (kept := cache.find()) is not None:
+        return kept
+    from workbench.api import describe as describe_layout
+    from workbench.builder import default_builder
+    from workbench.errors import DiskError
+
+    options: dict[str, Any] = {**conditions, "runs": runs, "plugin_dirs": plugin_dirs}
+    with stray_output.apart():
+        description = describe_layout(source, **options)
+    try:
+        cache.keep(description, default_builder(tuple(dict.fromkeys(plugin_dirs))).plugins)
+    except DiskError as error:
+        warn(str(error))
+    return description

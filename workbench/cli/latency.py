@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from workbench.latency_machine import Load
     from workbench.latency_table import LatencyTable
     from workbench.layout import Layout
+    from workbench.space import SpaceConfig
 
 EXAMPLES = """\
   workbench latency studies/quickstart.toml --context 128
@@ -84,6 +85,8 @@ def latency(
     from workbench import kernels
     from workbench.cli.memory import explained
     from workbench.environment import resolve_device
+    from workbench.kernel_caches import use_kernel_caches
+    from workbench.records import runs_folder
 
     contexts, batches = numbers(context, "--context"), numbers(batch, "--batch")
     refuse_below(fit=(fit, 0), check=(check, 0), cover=(cover, 0), threads=(threads, 1))
@@ -92,6 +95,7 @@ def latency(
     if (threads or subject.threads) is not None:
         torch.set_num_threads(threads or subject.threads)  # type: ignore[arg-type]
     where = resolve_device(device or subject.device)
+    use_kernel_caches(runs_folder(runs) / ".cache", where)
     kernels.prefer(subject.backends)
     kernels.require(where)
     table, timer = _open(where, dtype, steps, runs)
@@ -119,31 +123,48 @@ def _subject(
     source: str, wanted: int, seed: int, runs: Path | None, plugin_dir: list[Path] | None
 ) -> _Subject:
     from workbench.api import find
-    from workbench.errors import WorkbenchError
 
     if not source.endswith(".toml"):
         plugins, layout, _ = find(source, tuple(plugin_dir or ()), runs)
         return _Subject(name=source, plugins=plugins, layouts=[layout], device="auto", threads=None)
-    from workbench.latency_drawing import draw_layouts
     from workbench.records import runs_folder
-    from workbench.space import Space
     from workbench.study_config import StudyConfig
     from workbench.trial import make_data
 
     config = StudyConfig.read(source)
     plugins = builder([*map(Path, config.plugin_dirs), *(plugin_dir or ())])
     data = make_data(config, plugins, runs_folder(runs) / ".cache")
-    layouts = draw_layouts(Space(config.space, plugins, data.vocab_size), max(wanted, 1), seed)
-    if not layouts:
-        raise WorkbenchError(f"{source}: no layout that was drawn from its space can be built")
     return _Subject(
         name=source,
         plugins=plugins,
-        layouts=layouts,
+        layouts=_drawn(source, config.space, plugins, data.vocab_size, wanted, seed),
         device=config.runtime.device,
         threads=config.runtime.threads,
         backends=dict(config.runtime.backends),
     )
+
+
+def _drawn(
+    source: str, config: SpaceConfig, plugins: Builder, vocab_size: int, wanted: int, seed: int
+) -> list[Layout]:
+    """Layouts of a study's space.
+
+    Raises:
+        WorkbenchError: none that was drawn can be built; says what refused them, how often.
+    """
+    from workbench.errors import WorkbenchError
+    from workbench.latency_drawing import draw_layouts
+    from workbench.refusals import Refusals
+    from workbench.space import Space
+
+    refusals = Refusals()
+    space = Space(config, plugins, vocab_size)
+    layouts = draw_layouts(space, max(wanted, 1), seed, refusals.add_error)
+    if not layouts:
+        text = f"{source}: none of {refusals.counts.total():,} layouts drawn can be built."
+        causes = "\n".join(refusals.lines(config))
+        raise WorkbenchError(f"{text} What refused them:\n{causes}\nChange that in the file.")
+    return layouts
 
 
 def _loads(batches: list[int], contexts: list[int]) -> list[Load]:

@@ -19,6 +19,7 @@ from workbench.errors import WorkbenchError
 from workbench.testing import ends
 from workbench.testing.blame import own_frames
 from workbench.testing.check_process import Job
+from workbench.testing.selecting import refuse_malformed, selects_nothing
 from workbench.testing.subject import Check, Subject, is_meant
 from workbench.testing.watching import ERRORS, End, Watched
 
@@ -58,9 +59,11 @@ def check_package(
         timeout: seconds a check.
 
     Raises:
-        WorkbenchError: nothing has that name, pytest is not installed, `only` selects nothing, or
-            pytest ended badly.
+        WorkbenchError: nothing has that name, pytest is not installed, `only` is no expression or
+            selects nothing, or pytest ended badly.
     """
+    if only is not None:
+        refuse_malformed(only)
     if importlib.util.find_spec("pytest") is None:
         raise WorkbenchError(
             "check-plugin needs pytest, which is not installed: pip install 'lm-workbench[testing]'"
@@ -193,9 +196,7 @@ class _Session:
         if status == NOTHING_COLLECTED and (self.outcomes or self.left_out):
             return None
         if status == NOTHING_COLLECTED and self.job.only:
-            raise WorkbenchError(
-                f"--only {self.job.only!r} selects no check: leave it out to see them all"
-            )
+            raise selects_nothing(self.job.only)
         raise WorkbenchError(f"pytest could not run the suites{process.last_words()}")
 
     def _blame_plugins(self, end: End) -> bool:

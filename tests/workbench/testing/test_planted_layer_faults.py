@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import workbench_attention.kernels  # noqa: F401 - defines the operation "attention"
 from tests.workbench.testing.planting import Edit, plant
 from tests.workbench.testing.running import failure, suite_tests
+from workbench import NoConfig
 from workbench.testing import LayerContract
+from workbench.testing.toy_layers import ToyMLP
 
 TAP = "weight_D * u_BSD[:, here] * same_BT1"
 OUT = "self.out_proj(y_BTD.to(gate_BTD.dtype) * F.silu(gate_BTD))"
@@ -32,6 +37,10 @@ def method(text: str) -> Edit:
 
 def source(body: str) -> Edit:
     return method(f"    @classmethod\n    def source(cls, d_model, blocks):\n        {body}")
+
+
+def backends(value: str) -> Edit:
+    return method(f"    def backends(self, dtype):\n        return {value}")
 
 
 SOURCE = "source_names_an_earlier_block"
@@ -171,6 +180,26 @@ FAULTS: dict[str, tuple[str, tuple[Edit, ...]]] = {
             ),
         ),
     ),
+    "static from nothing": (
+        "static_steps_are_steps",
+        (
+            (
+                STATE,
+                f"{STATE}\n    def make_static(self):\n"
+                "        self.last_BWD = torch.zeros_like(self.last_BWD)\n",
+            ),
+        ),
+    ),
+    "restores nothing": (
+        "static_steps_are_steps",
+        ((STATE, f"{STATE}\n    def restore(self, before):\n        pass\n"),),
+    ),
+    "an operation that nobody defines": (
+        "backends_are_known",
+        (backends('{"shift": "torch"}'),),
+    ),
+    "a kernel on a CPU": ("backends_are_known", (backends('{"attention": "flash-attn"}'),)),
+    "no operations, but a name": ("backends_are_known", (backends('"torch"'),)),
     "half the FLOPs": (
         "costs_cover_counted_flops",
         (("forward_flops=2 * (", "forward_flops=("),),
@@ -335,6 +364,11 @@ def test_each_fault_is_found_by_its_check(fault: str, tmp_path: Path) -> None:
         ("state changes its dtype", "after a prefill the state holds other tensors"),
         ("adds two dtypes in place", "self (BFloat16) and source (Float)"),
         ("allocates on the meta device", "on cpu"),
+        ("static from nothing", "static step 0: off by"),
+        ("restores nothing", "static step 0 after `restore`: off by"),
+        ("an operation that nobody defines", "'shift', which nobody defines"),
+        ("a kernel on a CPU", "the operation 'attention' with 'flash-attn', on a CPU"),
+        ("no operations, but a name", "returned 'torch', no dict"),
         ("a source that raises", "TypeError: unsupported operand"),
         ("builds on itself", "source of block 0 of (under-test) is 0, which is no earlier block"),
         ("builds on a later block", "source of block 0 of (under-test) is 1, which is no"),
@@ -351,6 +385,42 @@ def test_what_was_found_is_named(fault: str, words: str, tmp_path: Path) -> None
 def test_the_export_tells_the_good_layer_from_the_faulty(fault: str | None, tmp_path: Path) -> None:
     message = found(tmp_path, "export_round_trip", SLOW[fault][1] if fault else ())
     assert bool(message) == bool(fault), message
+
+
+def test_steps_that_cannot_be_captured_fail_where_the_suite_says_that_they_can(
+    tmp_path: Path,
+) -> None:
+    layer = plant(tmp_path, "layer", (STATE, f"{STATE}    seen: int = 0\n")).Good
+    given = {"layer": layer, "configs": (layer.Config(),)}
+    test = "test_static_steps_are_steps"
+    reason = "keeps 'seen' on the host"
+    assert reason in failure(LayerContract, test, tmp_path / "1", **given, captured=True)
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        failure(LayerContract, test, tmp_path / "2", **given)
+
+
+def test_a_layer_made_of_layers_says_what_they_run_on(tmp_path: Path) -> None:
+    class Inner(ToyMLP):
+        def backends(self, dtype: torch.dtype) -> dict[str, str]:
+            return {"attention": "torch"}
+
+    class Outer(ToyMLP):
+        def __init__(self, d_model: int, config: NoConfig, **factory: Any) -> None:
+            super().__init__(d_model, config, **factory)
+            self.inner = Inner(d_model, config, **factory)
+
+    class Telling(Outer):
+        def backends(self, dtype: torch.dtype) -> dict[str, str]:
+            return self.inner.backends(dtype)
+
+    def said(layer: type[ToyMLP]) -> str:
+        folder = tmp_path / layer.__name__
+        return failure(
+            *(LayerContract, "test_backends_are_known", folder), layer=layer, configs=(NoConfig(),)
+        )
+
+    assert "backends(torch.float32) leaves out ['attention'] of inner" in said(Outer)
+    assert said(Telling) == ""
 
 
 def test_every_check_has_a_fault() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workbench.testing.layers.bookkeeping import BookkeepingTests
 from workbench.testing.layers.conduct import ConductTests
+from workbench.testing.layers.devices import DeviceTests
 from workbench.testing.layers.execution import ExecutionTests
 from workbench.testing.layers.exporting import ExportTests
 from workbench.testing.layers.outputs import OutputTests
@@ -16,6 +17,7 @@ class LayerContract(
     ConductTests,
     TrainingTests,
     ExecutionTests,
+    DeviceTests,
     BookkeepingTests,
     ExportTests,
     SourceTests,
@@ -47,6 +49,8 @@ class LayerContract(
             differences.
         flops_factor: how many times the FLOPs that torch counts `costs` may state, 2: torch counts
             matrix products, and neither elementwise work nor fused attention on a CPU.
+        captured: True for a layer whose steps a CUDA graph can replay: the check of its static
+            steps then fails where they cannot, and is not skipped.
         name: the layer's own in the layouts that `Layer.source` is given, `"under-test"`.
         in_model: True for a layer that needs a model around it (`Context.embedding_BTD`).
     """

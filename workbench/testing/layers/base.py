@@ -27,6 +27,7 @@ class LayerSuite(ConfigContract):
     float32_tolerance: ClassVar[float] = 1e-4
     straight_through: ClassVar[bool] = False
     flops_factor: ClassVar[float] = 2.0
+    captured: ClassVar[bool] = False
     name: ClassVar[str] = "under-test"
     in_model: ClassVar[bool] = False
 
