@@ -7,6 +7,7 @@ each kind of block once, and not for each layout.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,37 @@ from workbench.model import HybridLM
 OPTIONS: dict[str, Any] = {"comprehensive_padding": False}
 # Kinds of blocks that a process may compile; past the limit torch would run the rest uncompiled.
 LIMIT = 4096
+
+
+class _Clock:
+    """Seconds of this process's `preparing` blocks, and how many of them are entered."""
+
+    seconds = 0.0
+    depth = 0
+
+
+@contextmanager
+def preparing(device: torch.device | str) -> Iterator[None]:
+    """Run first calls inside the `with`: what compiles, tunes, loads and captures kernels.
+
+    Their wall seconds, up to the end of the device's work, are counted apart (`prepared_seconds`).
+    Blocks may be nested.
+    """
+    started = time.perf_counter()
+    _Clock.depth += 1
+    try:
+        yield
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+    finally:
+        _Clock.depth -= 1
+        if _Clock.depth == 0:
+            _Clock.seconds += time.perf_counter() - started
+
+
+def prepared_seconds() -> float:
+    """Seconds that this process has spent in `preparing`: compare two moments."""
+    return _Clock.seconds
 
 
 @contextmanager

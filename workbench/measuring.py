@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.compilation import preparing
 from workbench.errors import FieldError, UnknownNameError, WorkbenchError
 from workbench.generation import GREEDY, SamplingConfig, sample
 from workbench.layer import State
@@ -129,8 +130,9 @@ def time_calls(
     device = torch.device(device)
     ticking = (clock or clock_of)(device)
     supply = itertools.repeat(()) if arguments is None else iter(arguments)
-    for values in itertools.islice(supply, warmup):
-        function(*values)
+    with preparing(device):
+        for values in itertools.islice(supply, warmup):
+            function(*values)
     seconds: list[float] = []
     with no_garbage_collection():
         while len(seconds) < repeats or sum(seconds) < min_seconds:
@@ -219,8 +221,10 @@ def decode_time(
         model.prefill(random_tokens(model, (batch_size, context), seed), filled)
         next_SB = random_tokens(model, (tokens, batch_size), seed + 1)
         states = copy.deepcopy(filled)
+        with preparing(model.device):
+            step = stepper(model, states, batch_size)
         return time_calls(
-            stepper(model, states, batch_size),
+            step,
             device=model.device,
             warmup=warmup,
             min_seconds=min_seconds,

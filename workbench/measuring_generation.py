@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from workbench.compilation import preparing
 from workbench.generation import GREEDY, SamplingConfig, sample
 from workbench.measuring import (
     Stepper,
@@ -70,8 +71,9 @@ def generation_time(
         def generate() -> list[float]:
             return _generate(model, prompt_BT, tokens, sampling, generator, stepper)
 
-        for _ in range(warmup):
-            generate()
+        with preparing(model.device):
+            for _ in range(warmup):
+                generate()
         runs: list[list[float]] = []
         while len(runs) < repeats or sum(map(sum, runs)) < min_seconds:
             runs.append(generate())
@@ -99,7 +101,8 @@ def _generate(
     tokens_B = sample(model.prefill(prompt_BT, states), sampling, generator)
     clock.mark()
     first = clock.read()
-    step = stepper(model, states, prompt_BT.shape[0])
+    with preparing(model.device):
+        step = stepper(model, states, prompt_BT.shape[0])
     clock.mark()
     for _ in range(tokens - 1):
         tokens_B = sample(step(tokens_B), sampling, generator)

@@ -1,14 +1,20 @@
 """Peak memory of a phase of inference or of a training step: CUDA devices only.
+
+What first calls allocate to tune kernels is not in it: each phase runs once before.
+
 Shape suffixes: B batch, T tokens, S steps.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
 
+from workbench.compilation import preparing
 from workbench.errors import FieldError
+from workbench.layer import State
 from workbench.measuring import (
     MemoryPeak,
     Stepper,
@@ -50,15 +56,19 @@ def inference_memory(
         next_SB = random_tokens(model, (tokens, batch_size), seed + 1)
         states = model.init_state(batch_size, context + tokens)
         if phase == "prefill":
+            with preparing(model.device):
+                model.prefill(prompt_BT, copy.deepcopy(states))
             return memory_peak(lambda: model.prefill(prompt_BT, states), model.device)
         model.prefill(prompt_BT, states)
 
-        def decode() -> None:
+        def decode(states: list[State]) -> None:
             step = stepper(model, states, batch_size)
             for tokens_B in next_SB:
                 step(tokens_B)
 
-        return memory_peak(decode, model.device)
+        with preparing(model.device):
+            decode(copy.deepcopy(states))
+        return memory_peak(lambda: decode(states), model.device)
 
 
 def training_memory(model: HybridLM, config: TrainingConfig, *, seed: int = 0) -> MemoryPeak:
@@ -83,5 +93,6 @@ def training_memory(model: HybridLM, config: TrainingConfig, *, seed: int = 0) -
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    step()  # allocates the optimizers' states
+    with preparing(model.device):
+        step()  # allocates the optimizers' states, too
     return memory_peak(step, model.device)

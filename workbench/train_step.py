@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from workbench.compilation import compiled_blocks
+from workbench.compilation import compiled_blocks, preparing
 from workbench.data import Batch
 from workbench.model import HybridLM
 from workbench.optimizers import set_lr
@@ -96,20 +96,27 @@ class TrainStep:
         """
         set_lr(self.optimizers, lr)
         if self._captured is None and self._should_capture(batch):
-            self._captured = self._capture(batch)
+            with preparing(self.model.device):
+                self._captured = self._capture(batch)
         captured = self._captured
         if captured is None or not captured.fits(batch):
             self.mode = "compiled" if self.options.compiled else "eager"
-            self._done += 1
             self._zero_grad()  # a replay leaves its gradients behind
-            loss = self._run(batch.to(self.model.device))
+            with self._first_calls():
+                loss = self._run(batch.to(self.model.device))
             self._zero_grad()
+            self._done += 1
             return loss
         self.mode = "cuda graph"
         captured.inputs_BT.copy_(batch.inputs_BT, non_blocking=True)
         captured.targets_BT.copy_(batch.targets_BT, non_blocking=True)
         captured.graph.replay()
         return captured.loss
+
+    def _first_calls(self) -> AbstractContextManager[None]:
+        """The first steps of a kind that is made for speed are `preparing`, no measure of it."""
+        fast = self.options.compiled or self.options.captured
+        return preparing(self.model.device) if fast and self._done < WARMUP else nullcontext()
 
     def _run(self, batch: Batch) -> Tensor:
         """A step up to the update; gradients are left behind."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.batches import upcoming_batches
+from workbench.compilation import prepared_seconds
 from workbench.data import DataSource
 from workbench.errors import WorkbenchError
 from workbench.files import replacing
@@ -47,12 +48,15 @@ class TrainingResult:
     """What a run left: its curve (step, tokens, seconds, loss in nats, lr) and its length.
 
     The loss is the cross entropy alone, without what layers add (`Context.add_loss`). `mode` and
-    `note` say how the last step ran (`TrainStep`).
+    `note` say how the last step ran (`TrainStep`). `seconds`, here and in the curve, are without
+    `preparing_seconds`: the first steps of a process and the capture, where blocks are compiled or
+    steps captured (`compilation.preparing`).
     """
 
     curve: list[dict[str, float]]
     steps: int
     seconds: float
+    preparing_seconds: float
     mode: str
     note: str
 
@@ -93,6 +97,7 @@ def train(
         curve=run.curve,
         steps=run.step,
         seconds=run.seconds,
+        preparing_seconds=run.preparing_seconds,
         mode=run.train_step.mode,
         note=run.train_step.note,
     )
@@ -116,7 +121,7 @@ class _Run:
         )
         self.train_step = TrainStep(model, self.optimizers, options)
         self.step = 0
-        self.seconds = 0.0
+        self.seconds = self.preparing_seconds = 0.0
         self.curve: list[dict[str, float]] = []
 
     def steps(self) -> Iterator[dict[str, float] | None]:
@@ -128,7 +133,9 @@ class _Run:
             started = time.perf_counter()  # making batches counts, or waiting for them
             for batch in batches:
                 lr = config.lr_at(self.step)
+                prepared = prepared_seconds()
                 loss = self.train_step(batch, lr)
+                prepared = prepared_seconds() - prepared
                 self.step += 1
                 point = None
                 if self.step % config.record_every == 0 or self.step == config.steps:
@@ -137,7 +144,8 @@ class _Run:
                         raise DivergedError(f"loss is {value} at step {self.step}")
                     done = {"step": self.step, "tokens": self.step * tokens}
                     point = {**done, "loss": value, "lr": lr}
-                self.seconds += time.perf_counter() - started
+                self.seconds += time.perf_counter() - started - prepared
+                self.preparing_seconds += prepared
                 if point is not None:
                     point["seconds"] = self.seconds
                     self.curve.append(point)
@@ -162,7 +170,12 @@ class _Run:
         tensors["rng"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.model.device)
-        progress = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        progress = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "preparing_seconds": self.preparing_seconds,
+            "curve": self.curve,
+        }
         metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(progress)}
         with replacing(path) as temporary:
             # A copy each: safetensors refuses views of shared storage.
@@ -193,6 +206,7 @@ class _Run:
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self.model.device)
         self.step, self.seconds = progress["step"], progress["seconds"]
+        self.preparing_seconds = progress["preparing_seconds"]
         self.curve = progress["curve"]
 
 

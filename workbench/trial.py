@@ -13,7 +13,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ import torch
 from workbench import config as configs
 from workbench import kernels, sanity, stray_output
 from workbench.builder import Builder
+from workbench.compilation import prepared_seconds
 from workbench.data import DataSource
 from workbench.environment import environment
 from workbench.errors import FieldError, WorkbenchError
 from workbench.files import make_folder, replacing
 from workbench.guard import Guard, describe_changes, guarded
+from workbench.kernel_caches import use_kernel_caches
 from workbench.layout import Layout, canonical_json
 from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
@@ -43,7 +45,8 @@ PHASES = ("building", "measuring", "training", "evaluating", "quantizing")
 class Workplace:
     """What all trials of a study share in one process: metrics, data, device, kernels.
 
-    The study's `[runtime.backends]` become the process's (`kernels.prefer`).
+    The study's `[runtime.backends]` become the process's (`kernels.prefer`), and what it compiles
+    is kept in the cache (`kernel_caches`).
 
     Raises:
         UnknownNameError, FieldError: a name or field of the study that does not exist.
@@ -52,6 +55,7 @@ class Workplace:
 
     def __init__(self, config: StudyConfig, builder: Builder, device: str, cache_dir: Path) -> None:
         kernels.prefer(config.runtime.backends)
+        use_kernel_caches(cache_dir, device)
         kernels.require(device)
         self.config = config
         self.builder = builder
@@ -176,6 +180,18 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
     return verdict
 
 
+@contextlib.contextmanager
+def _timed(verdict: Verdict, stage: str) -> Iterator[None]:
+    """`Timed`; also how much of it went to compiling, tuning and capturing (`compilation`)."""
+    before = prepared_seconds()
+    try:
+        with Timed(verdict, stage):
+            yield
+    finally:
+        spent = verdict.details.setdefault("preparing_seconds", {})
+        spent[stage] = spent.get(stage, 0.0) + prepared_seconds() - before
+
+
 def _seed(seed: int) -> None:
     """A trial draws what it would have drawn as the first of its process."""
     random.seed(seed)
@@ -188,7 +204,7 @@ def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict, emit: Em
     if not any(metric.stage == "measured" for metric in place.metrics.values()):
         return
     emit({"phase": "building"})
-    with Timed(verdict, "measured"):
+    with _timed(verdict, "measured"):
         model = place.builder.build(layout, device=place.device, seed=place.config.seed).eval()
         sanity.check_outputs(model, place.training.seq_len)
         verdict.details["measured_backend"] = backends_of(model)
@@ -211,7 +227,7 @@ def _train(
     checkpoint = folder / "checkpoint.safetensors"
     curve = folder / "curve.jsonl"
     emit({"phase": "training"})
-    with Timed(verdict, "training"):
+    with _timed(verdict, "training"):
         torch.manual_seed(place.config.seed)
         with curve.open("w", encoding="utf-8") as lines:
 
@@ -230,6 +246,7 @@ def _train(
         with replacing(curve) as temporary:
             temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
         verdict.details["training"] = {"mode": result.mode, "note": result.note}
+        verdict.details["training_seconds"] = result.seconds
         save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
     return model
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.cli.conftest import Cli
-from workbench import kernels
+from workbench import kernel_caches, kernels
+from workbench.kernel_caches import FOLDERS, SWITCHES, kernels_folder
 from workbench.kernels import Backend, Operation
 
 
 @pytest.fixture(autouse=True)
 def no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    for name in (kernels.VARIABLE, *FOLDERS, *SWITCHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(kernel_caches, "_set_here", {})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -58,9 +63,25 @@ def test_a_table_says_what_works_and_what_to_do(cli: Cli, monkeypatch: pytest.Mo
     assert ["scan", "fast", "yes"] in rows
     assert ["scan", "torch", "yes"] in rows
     assert "WORKBENCH_BACKENDS demands torch of scan." in cli("doctor").out
+    (cache,) = cli("doctor", "--json").json["kernel_caches"]  # what trying them has compiled
+    assert cache["name"].startswith("a-planted-device-torch-")
+    assert cache["in_use"]
     assert cli("doctor", "--json").json["demanded_backends"] == {"scan": "torch"}
 
 
 def test_a_slip_in_the_environment_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "ssd=trtion")
     assert "WORKBENCH_BACKENDS.ssd 'trtion'. Did you mean 'triton'" in cli("doctor").refused()
+
+
+def test_compiled_kernels_are_told_with_their_size(cli: Cli, tmp_path: Path) -> None:
+    assert "compiled kernels" not in cli("doctor", "--runs", str(tmp_path)).out
+    folder = kernels_folder(tmp_path / ".cache")
+    (folder / "some-gpu-torch-2.11.0" / "triton").mkdir(parents=True)
+    (folder / "some-gpu-torch-2.11.0" / "triton" / "kernel").write_bytes(bytes(3 * 2**20))
+    out = cli("doctor", "--runs", str(tmp_path)).out
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("some-gpu")]
+    assert row == ["some-gpu-torch-2.11.0", "3.000", "MiB", "1"]
+    assert f"Kept in {folder}; delete it" in " ".join(out.split())
+    (cache,) = cli("doctor", "--runs", str(tmp_path), "--json").json["kernel_caches"]
+    assert (cache["num_bytes"], cache["num_files"], cache["in_use"]) == (3 * 2**20, 1, False)

@@ -18,7 +18,7 @@ from workbench import WorkbenchError
 from workbench.builder import Builder, default_builder
 from workbench.discovery import API, GROUP, discover
 from workbench.errors import PluginError, UnknownNameError
-from workbench.executors import ProcessExecutor
+from workbench.executors.process import ProcessExecutor
 from workbench.study import run_study
 
 Install = Callable[..., Path]
@@ -226,13 +226,13 @@ def test_a_plugin_that_only_lends_its_code_counts_too(packaged, install, study_d
 
 def test_a_plugin_edited_while_its_study_runs_is_noticed(packaged, study_data, runs, monkeypatch):
     """A worker that starts again would load the edited one."""
-    real = ProcessExecutor.judge
+    real = ProcessExecutor.submit
 
     def edit_first(self, *arguments):
         packaged.write_text(packaged.read_text() + "\n# edited\n")
         return real(self, *arguments)
 
-    monkeypatch.setattr(ProcessExecutor, "judge", edit_first)
+    monkeypatch.setattr(ProcessExecutor, "submit", edit_first)
     monkeypatch.setenv("PYTHONPATH", str(packaged.parent))
     changes = {"runtime.executor": "process", "budget.trials": 1}
     with pytest.raises(WorkbenchError, match=r"'toys' changed while the study ran: toys 1\.2 sha"):

@@ -83,6 +83,7 @@ def test_a_backend_that_is_not_installed_is_refused_with_the_command_that_instal
     ssd = kernels.operations()["ssd"]
     monkeypatch.setattr("workbench.study.resolve_device", lambda name: "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("workbench.trial.use_kernel_caches", lambda cache_dir, device: None)
     monkeypatch.setitem(ssd._reasons, "mamba-ssm", "ModuleNotFoundError: No module 'mamba_ssm'")
     with pytest.raises(WorkbenchError) as caught:
         run(study_data, runs, **{"runtime.backends": {"ssd": "mamba-ssm"}})

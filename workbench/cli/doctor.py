@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from workbench.cli.common import Json, PluginDirs, builder, count, print_json, print_table, say
+from workbench.cli.common import (
+    Json,
+    PluginDirs,
+    Runs,
+    builder,
+    count,
+    print_json,
+    print_table,
+    say,
+)
 from workbench.figures import figure
 from workbench.text_table import Column
 
@@ -20,12 +29,16 @@ KERNELS = {
 }
 
 
-def doctor(plugin_dir: PluginDirs = None, json: Json = False) -> None:
+def doctor(runs: Runs = None, plugin_dir: PluginDirs = None, json: Json = False) -> None:
     """Check device, versions, kernels and plugins."""
     from workbench import kernels
     from workbench.environment import available_memory, environment, resolve_device
+    from workbench.kernel_caches import kernels_folder, read_kernel_caches, use_kernel_caches
+    from workbench.records import runs_folder
 
     device = resolve_device("auto")
+    cache_dir = runs_folder(runs) / ".cache"
+    use_kernel_caches(cache_dir, device)  # trying kernels compiles them
     plugins = builder(plugin_dir).plugins
     report: dict[str, Any] = {
         **environment(device),
@@ -39,6 +52,11 @@ def doctor(plugin_dir: PluginDirs = None, json: Json = False) -> None:
             if (wanted := kernels.preference(name)) is not None
         },
     }
+    report["kernels_folder"] = str(kernels_folder(cache_dir))
+    report["kernel_caches"] = [
+        {**dataclasses.asdict(cache), "path": str(cache.path)}
+        for cache in read_kernel_caches(cache_dir)
+    ]
     if json:
         print_json(report)
     else:
@@ -62,9 +80,32 @@ def _print(report: dict[str, Any]) -> None:
         ]
     )
     _print_backends(report)
+    _print_caches(report)
     say(f"Plugins: {', '.join(report['plugins'])}")
     for name, reason in report["failed_plugins"].items():
         say(f"Plugin {name!r} did not load: {reason}. workbench plugins --traceback shows where.")
+
+
+def _print_caches(report: dict[str, Any]) -> None:
+    """A row a cache of compiled kernels, and how to be rid of them; nothing where there is none."""
+    caches = report["kernel_caches"]
+    if not caches:
+        return
+    print_table(
+        [
+            Column(heading="compiled kernels", cells=[cache["name"] for cache in caches]),
+            Column(
+                heading="size",
+                cells=[figure(cache["num_bytes"], "bytes") for cache in caches],
+                right=True,
+            ),
+            Column(
+                heading="files", cells=[f"{cache['num_files']:,}" for cache in caches], right=True
+            ),
+            Column(heading="in use", cells=["yes" if cache["in_use"] else "" for cache in caches]),
+        ]
+    )
+    say(f"Kept in {report['kernels_folder']}; delete it while nothing runs to compile anew.")
 
 
 def _print_backends(report: dict[str, Any]) -> None:

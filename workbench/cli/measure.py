@@ -68,7 +68,9 @@ def measure(
     from workbench.api import find
     from workbench.cli.memory import explained, require_memory
     from workbench.environment import resolve_device
+    from workbench.kernel_caches import use_kernel_caches
     from workbench.measuring import stepper_of
+    from workbench.records import runs_folder
 
     contexts, batches = numbers(context, "--context"), numbers(batch, "--batch")
     refuse_below(tokens=(tokens, 2), threads=(threads, 1))
@@ -76,6 +78,7 @@ def measure(
     if threads is not None:
         torch.set_num_threads(threads)
     where = resolve_device(device)
+    use_kernel_caches(runs_folder(runs) / ".cache", where)
     how, stepper = stepper_of(steps, where)
     plugins, layout, _ = find(source, tuple(plugin_dir or ()), runs)
     needed = _needed(plugins, layout, max(contexts) + tokens, max(batches), dtype)

@@ -161,8 +161,11 @@ def _open(
     from workbench.api import find
     from workbench.cli.memory import require_memory
     from workbench.environment import resolve_device
+    from workbench.kernel_caches import use_kernel_caches
+    from workbench.records import runs_folder
 
     where = resolve_device(device)
+    use_kernel_caches(runs_folder(runs) / ".cache", where)
     plugins, layout, _ = find(source, plugin_dirs, runs)
     options = _data_config(plugins.data_sources[data], data_option)
     # Weights, gradients and at least one moment a weight.
@@ -317,6 +320,7 @@ def _finish(
         "source": run.source,
         "tokens": config.steps * config.batch_size * config.seq_len,
         "seconds": result.seconds,
+        "preparing_seconds": result.preparing_seconds,
         "mode": result.mode,
         "note": result.note,
         "backend": backends_of(model, half=config.precision == "bfloat16"),
