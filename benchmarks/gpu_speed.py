@@ -33,10 +33,10 @@ from torch import Tensor
 
 from workbench import Block, Layout
 from workbench.builder import Builder
+from workbench.captured_generation import CapturedGeneration
 from workbench.data import Batch
-from workbench.decoding import CapturedStep
+from workbench.decoding import set_state_dtype
 from workbench.environment import environment
-from workbench.generation import GREEDY
 from workbench.measuring import time_calls
 from workbench.model import HybridLM
 from workbench.optimizers import make_optimizers
@@ -151,22 +151,20 @@ def decode(batch: int, contestant: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def our_generation(batch: int, prompt: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A whole generation, whose steps were captured before, and one of its steps."""
+    """A whole generation, prefill and steps captured before, and one of its steps.
+
+    The recurrences' states are in the model's dtype, as the peer keeps them.
+    """
     model = our_model("hybrid", torch.bfloat16).eval()
-    states = model.init_state(batch, PROMPT + NEW)
-    model.prefill(prompt, states)
-    generator = torch.Generator("cuda").manual_seed(0)
-    step = CapturedStep(model, states, batch, sampling=GREEDY, generator=generator)
+    set_state_dtype(model, torch.bfloat16)
+    generate = CapturedGeneration(model, prompt, NEW)
+    first = generate.prefill(prompt).clone()
 
-    def run() -> Tensor:
-        fresh = model.init_state(batch, PROMPT + NEW)
-        drawn = model.prefill(prompt, fresh).argmax(-1)
-        step.restore(fresh)
-        for _ in range(NEW - 1):
-            drawn = step(drawn)
-        return drawn
+    def step() -> None:
+        generate.prefill.rewind()
+        generate.step(first)
 
-    return run, lambda: (step.restore(states), step(prompt[:, 0]))
+    return lambda: generate(prompt), step
 
 
 def profiled(step: Callable[[], object]) -> list[tuple[str, float, int]]:

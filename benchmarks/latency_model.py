@@ -25,7 +25,7 @@ from workbench.latency_filling import Filler, ModelTimer
 from workbench.latency_machine import PHASES, Load, Machine
 from workbench.latency_table import LatencyTable
 from workbench.layout import Layout
-from workbench.measuring import STEPS, ProcessorClock, stepper_of
+from workbench.measuring import STEPS, ProcessorClock
 from workbench.roofline import Roofline, measure_ceilings
 from workbench.space import Space, SpaceConfig
 
@@ -54,8 +54,7 @@ def make_table(
     options: argparse.Namespace, builder: Builder, layouts: list[Layout]
 ) -> LatencyTable:
     """Every part of the layouts and every whole, measured now."""
-    name, stepper = stepper_of(options.steps, options.device)
-    timer = ModelTimer(name=name, stepper=stepper)
+    timer = ModelTimer.of(options.steps, options.device)
     if options.cpu_time:
         timer = ModelTimer(name="cpu-time", clock=ProcessorClock)
     machine = Machine.here(options.device, options.dtype, timer.name)

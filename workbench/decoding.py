@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +18,20 @@ from workbench.compilation import compiled_blocks
 from workbench.errors import WorkbenchError
 from workbench.generation import SamplingConfig, sample
 from workbench.layer import State
+from workbench.linear_step import MAX_ROWS, few_rows, residual_add
 from workbench.model import HybridLM
 
-WARMUP = 3  # steps before the capture: kernels are compiled and tuned in them
+WARMUP = 3  # calls before the capture: kernels are compiled and tuned in them
+NO_CUDA = "CUDA graphs need a CUDA device"
+
+
+class NotCapturedError(WorkbenchError):
+    """A model's steps or prefills cannot be captured; says why."""
 
 
 def why_not_captured(model: HybridLM, states: Sequence[State]) -> str:
     """Why the model's steps cannot be captured; empty if they can."""
-    if model.device.type != "cuda":
-        return "CUDA graphs need a CUDA device"
-    return why_not_static(model, states)
+    return why_not_static(model, states) if model.device.type == "cuda" else NO_CUDA
 
 
 @torch.inference_mode()
@@ -34,20 +40,28 @@ def why_not_static(model: HybridLM, states: Sequence[State]) -> str:
 
     Takes a step on a copy of the states.
     """
+    return _who_waits(model) or _make_static(model, copy.deepcopy(list(states)))
+
+
+def _who_waits(model: HybridLM) -> str:
     for layer in model.layers:
         if layer.host_synchronized:
             return f"{type(layer).__name__} waits for the device within a step"
-    copies = copy.deepcopy(list(states))
+    return ""
+
+
+def _make_static(model: HybridLM, states: list[State]) -> str:
+    """Make states static and take a step on them; why that does not do, or nothing."""
     try:
-        for state in copies:
+        for state in states:
             state.make_static()
     except NotImplementedError as error:
         return str(error)
-    places, others = Places(copies), _others(copies)
+    places, others = Places(states), _others(states)
     sizes = [tensor.shape[0] for _, _, tensor in places.held if tensor.ndim]
     tokens_B = torch.zeros(sizes[0] if sizes else 1, dtype=torch.int64, device=model.device)
-    model.step(tokens_B, copies)
-    for name, value in _others(copies).items():
+    model.step(tokens_B, states)
+    for name, value in _others(states).items():
         if value != others.get(name):
             return f"a step changes {name}, which is no tensor"
     return places.moved()
@@ -107,6 +121,71 @@ class Places:
             setattr(state, name, before)
 
 
+class Capture:
+    """A function on fixed tensors as a CUDA graph, after a few calls beside the main stream.
+
+    Args:
+        run: what is captured. It is kept, and with it all that a replay reads.
+        reset: goes before each call in the warm-up, and after it.
+        generator: of what it draws, None for the device's own. The warm-up's draws are undone.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        run: Callable[[], Tensor],
+        reset: Callable[[], None],
+        generator: torch.Generator | None,
+    ) -> None:
+        self._device, self._run = device, run
+        self._graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            self._graph.register_generator_state(generator)
+        with torch.cuda.device(device):
+            default = torch.cuda.default_generators[torch.cuda.current_device()]
+            with _undrawn(generator or default), _beside(device):
+                for _ in range(WARMUP):
+                    reset()
+                    run()
+                reset()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._result = run()
+
+    def replay(self) -> Tensor:
+        """What `run` gives, overwritten by the next call."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+        return self._result
+
+
+@contextmanager
+def _undrawn(generator: torch.Generator) -> Iterator[None]:
+    state = generator.get_state()
+    yield
+    generator.set_state(state)
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Run on another stream, as warming up for a capture demands."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def next_from(
+    logits_BV: Tensor, sampling: SamplingConfig | None, generator: torch.Generator | None
+) -> Tensor:
+    """The tokens drawn from logits, or these themselves."""
+    if sampling is None:
+        return logits_BV
+    if generator is None:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    return sample(logits_BV, sampling, generator)
+
+
 class CapturedStep:
     """`model.step` on fixed states, captured once and replayed by each call.
 
@@ -120,7 +199,9 @@ class CapturedStep:
         generator: of the draws, on the model's device.
 
     Raises:
-        WorkbenchError: the model's steps cannot be captured; says why.
+        NotCapturedError: the model's steps cannot be captured; says why, and leaves the states as
+            they were.
+        WorkbenchError: the states are full.
     """
 
     def __init__(
@@ -132,45 +213,26 @@ class CapturedStep:
         sampling: SamplingConfig | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if reason := why_not_captured(model, states):
-            raise WorkbenchError(f"decode steps cannot be captured as a CUDA graph: {reason}")
+        require_cuda(model, "decode steps")
         require_room(states)
-        self._model, self._states = model, states
-        self._sampling, self._generator = sampling, generator
-        self._tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         before = copy.deepcopy(states)
-        for state in states:
-            state.make_static()
-        self._places = Places(states)
-        self._graph = torch.cuda.CUDAGraph()
-        if generator is not None:
-            self._graph.register_generator_state(generator)
-        with torch.cuda.device(model.device), compiled_blocks(model, "step"):
-            self._warm_up(before)
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = self._run()
+        if reason := _make_static(model, states):
+            for state, earlier in zip(states, before, strict=True):
+                vars(state).update(vars(earlier))
+            raise refusal("decode steps", reason)
+        self._states = states
+        self.restore(before)
+        tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        places = Places(states)
 
-    def _run(self) -> Tensor:
-        logits_BV = self._model.step(self._tokens_B, self._states)
-        self._places.take_back()
-        if self._sampling is None:
-            return logits_BV
-        generator = self._generator or torch.cuda.default_generators[self._model.device.index or 0]
-        return sample(logits_BV, self._sampling, generator)
+        def run() -> Tensor:
+            logits_BV = model.step(tokens_B, states)
+            places.take_back()
+            return next_from(logits_BV, sampling, generator)
 
-    def _warm_up(self, before: list[State]) -> None:
-        """Run a few steps, beside the main stream as a capture demands, and undo them."""
-        drawn = None if self._generator is None else self._generator.get_state()
-        stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._model.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self.restore(before)
-                self._run()
-            self.restore(before)
-        torch.cuda.current_stream(self._model.device).wait_stream(stream)
-        if self._generator is not None and drawn is not None:
-            self._generator.set_state(drawn)
+        self._tokens_B = tokens_B
+        with _fast_steps(model, batch_size):
+            self._capture = Capture(model.device, run, lambda: self.restore(before), generator)
 
     def restore(self, before: Sequence[State]) -> None:
         """Go on from states that are as those given at first were, or copies of them."""
@@ -187,11 +249,43 @@ class CapturedStep:
         """
         require_room(self._states)
         self._tokens_B.copy_(tokens_B)
-        with torch.cuda.device(self._model.device):
-            self._graph.replay()
+        result = self._capture.replay()
         for state in self._states:
             state.advance()
-        return self._result
+        return result
+
+
+@contextmanager
+def _fast_steps(model: HybridLM, batch_size: int) -> Iterator[None]:
+    """Compile a model's steps, and its linears for few rows where they are few."""
+    options: dict[str, Any] = {}
+    if batch_size <= MAX_ROWS:
+        options["post_grad_custom_post_pass"] = residual_add()
+    with few_rows(model, batch_size), compiled_blocks(model, "step", **options):
+        yield
+
+
+def set_state_dtype(model: HybridLM, dtype: torch.dtype | None) -> int:
+    """Keep recurrences' states in a dtype from the next `init_state` on, wherever layers allow it.
+
+    Layers that have a `state_dtype` (Mamba-2) allow it; None takes them back to their default,
+    float32 at least. Returns how many there are.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "state_dtype")]
+    for layer in layers:
+        layer.state_dtype = dtype  # type: ignore[assignment]
+    return len(layers)
+
+
+def require_cuda(model: HybridLM, what: str) -> None:
+    """Refuse to capture `what` of a model that is elsewhere, or that waits for its device."""
+    if reason := (NO_CUDA if model.device.type != "cuda" else _who_waits(model)):
+        raise refusal(what, reason)
+
+
+def refusal(what: str, reason: str) -> NotCapturedError:
+    """The error that says why `what` is not captured."""
+    return NotCapturedError(f"{what} cannot be captured as a CUDA graph: {reason}")
 
 
 def require_room(states: Sequence[State]) -> None:
@@ -211,6 +305,7 @@ def captured_or_eager(
     model: HybridLM, states: list[State], batch_size: int
 ) -> Callable[[Tensor], Tensor]:
     """A step on `states`: captured where that works, else `model.step`."""
-    if why_not_captured(model, states):
+    try:
+        return CapturedStep(model, states, batch_size)
+    except NotCapturedError:
         return lambda tokens_B: model.step(tokens_B, states)
-    return CapturedStep(model, states, batch_size)

@@ -23,7 +23,18 @@ from workbench.latency_machine import Load
 from workbench.latency_parts import OUTSIDE, LinkedCopiesError, Part, Parts, group, label
 from workbench.latency_table import Entry, LatencyTable, Observation, Role
 from workbench.layout import Layout
-from workbench.measuring import EAGER, Clock, Stepper, Timing, decode_time, eager, prefill_time
+from workbench.measuring import (
+    EAGER,
+    Clock,
+    Prefiller,
+    Stepper,
+    Timing,
+    decode_time,
+    eager,
+    prefill_time,
+    prefiller_of,
+    stepper_of,
+)
 from workbench.model import HybridLM
 
 Progress = Callable[[int, int, str], None]  # done, of how many, what comes now
@@ -45,7 +56,7 @@ class ModelTimer:
 
     Attributes:
         name: of how steps are run.
-        stepper: what runs them.
+        stepper, prefiller: what runs them, and prefills.
         tokens: decode steps before the states are restored.
         repeats, min_seconds: of one timing, at least.
         clock: what tells the time, as in `time_calls`; the name must say so.
@@ -53,10 +64,21 @@ class ModelTimer:
 
     name: str = EAGER
     stepper: Stepper = eager
+    prefiller: Prefiller | None = None
     tokens: int = 16
     repeats: int = 5
     min_seconds: float = 0.05
     clock: Callable[[torch.device], Clock] | None = None
+
+    @classmethod
+    def of(cls, steps: str, device: str) -> ModelTimer:
+        """The timer of a way to run steps, one of `measuring.STEPS`.
+
+        Raises:
+            UnknownNameError: no such way.
+        """
+        name, stepper = stepper_of(steps, device)
+        return cls(name=name, stepper=stepper, prefiller=prefiller_of(steps, device))
 
     def __call__(self, model: HybridLM, load: Load) -> Timing:
         if load.phase == "prefill":
@@ -66,6 +88,7 @@ class ModelTimer:
                 load.length,
                 repeats=self.repeats,
                 min_seconds=self.min_seconds,
+                prefiller=self.prefiller,
                 clock=self.clock,
             )
         return decode_time(

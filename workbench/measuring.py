@@ -7,7 +7,8 @@ should run on the device; a spread above `NOISY` marks a figure that something d
 
 Measuring leaves a model as it was: weights, training flags and random generators are untouched.
 
-How single steps run can be replaced (`Stepper`), by a CUDA graph say; the default is `model.step`.
+How single steps and prefills run can be replaced (`Stepper`, `Prefiller`), by a CUDA graph say; the
+default is `model.step` and `model.prefill`.
 
 Shape suffixes: B batch, T tokens of the prompt, S timed steps, V vocabulary.
 """
@@ -41,6 +42,11 @@ NOISY = 0.05  # relative spread above which a timing is marked
 Step = Callable[[Tensor], Tensor]
 Stepper = Callable[[HybridLM, list[State], int], Step]
 
+# Makes the function that takes prompts of one shape in, logits [B, V] after prompts [B, T], each
+# time as if it were the first, from the model and such a prompt.
+Prefill = Callable[[Tensor], Tensor]
+Prefiller = Callable[[HybridLM, Tensor], Prefill]
+
 EAGER, CAPTURED = "eager", "cuda-graph"
 STEPS = ("auto", EAGER, CAPTURED)
 
@@ -65,6 +71,19 @@ def stepper_of(steps: str, device: str) -> tuple[str, Stepper]:
     from workbench.decoding import CapturedStep
 
     return CAPTURED, CapturedStep
+
+
+def prefiller_of(steps: str, device: str) -> Prefiller | None:
+    """How prefills run where steps run as `stepper_of` says; None for `model.prefill`.
+
+    Raises:
+        UnknownNameError: no such way. A model that cannot be captured raises when it is prefilled.
+    """
+    if stepper_of(steps, device)[0] == EAGER:
+        return None
+    from workbench.captured_generation import captured_prefill
+
+    return captured_prefill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,11 +270,13 @@ def prefill_time(
     warmup: int = 2,
     repeats: int = 5,
     min_seconds: float = 0.2,
+    prefiller: Prefiller | None = None,
     clock: Callable[[torch.device], Clock] | None = None,
 ) -> Timing:
     """Seconds to take in prompts of `length` random tokens and score the token after them.
 
-    Each call fills fresh states, allocated outside the timed part.
+    Each call fills fresh states, allocated outside the timed part; what a `prefiller` makes
+    empties its own in each call, and what it does before the first (capturing) is not timed.
 
     Raises:
         FieldError: a size below 1.
@@ -263,17 +284,19 @@ def prefill_time(
     check_sizes(batch_size=(batch_size, 1), length=(length, 1))
     with undisturbed(model):
         prompt_BT = random_tokens(model, (batch_size, length), seed)
-        return time_calls(
-            model.prefill,
-            device=model.device,
-            warmup=warmup,
-            repeats=repeats,
-            min_seconds=min_seconds,
-            arguments=(
-                (prompt_BT, model.init_state(batch_size, length)) for _ in itertools.count()
-            ),
-            clock=clock,
-        )
+        timed: dict[str, Any] = {
+            "device": model.device,
+            "warmup": warmup,
+            "repeats": repeats,
+            "min_seconds": min_seconds,
+            "clock": clock,
+        }
+        if prefiller is None:
+            fresh = ((prompt_BT, model.init_state(batch_size, length)) for _ in itertools.count())
+            return time_calls(model.prefill, arguments=fresh, **timed)
+        with preparing(model.device):
+            prefill = prefiller(model, prompt_BT)
+        return time_calls(prefill, arguments=itertools.repeat((prompt_BT,)), **timed)
 
 
 def first_token_time(

@@ -129,7 +129,7 @@ class Attention(Layer):
         device_type = next(chain(self.parameters(), self.buffers())).device.type
         return {
             "attention": attention_backend(device_type, dtype, self.heads.dim),
-            "attention_step": step_backend(device_type, dtype, self.heads.dim),
+            "attention_step": self._step_backend(device_type, dtype),
         }
 
     def forward(
@@ -153,12 +153,13 @@ class Attention(Layer):
             state.reserve(1)
         start = state.length if state.position is None else state.position
         q_BH1P, k_BK1P, v_BK1P = self._project(x_BD[:, None], start)
-        if self._steps_by_kernel(q_BH1P, state, context):
+        backend = self._kernel_of_step(q_BH1P, state, context)
+        if backend != TORCH:
             from workbench_attention.cached import cached_attention
 
             tokens = (tensor.transpose(1, 2) for tensor in (q_BH1P, k_BK1P, v_BK1P))
             caches = state.keys_BHLP, state.values_BHLP
-            y_B1HP = cached_attention(*tokens, *caches, state.position, self.scale)
+            y_B1HP = cached_attention(*tokens, *caches, state.position, self.scale, backend)
             state.position.add_(1)  # type: ignore[union-attr]
             return self.o_proj(y_B1HP.reshape(x_BD.shape[0], -1))  # type: ignore[no-any-return]
         state.append(k_BK1P, v_BK1P)
@@ -175,14 +176,19 @@ class Attention(Layer):
         )
         return self.o_proj(y_BKGP.reshape(x_BD.shape[0], -1))  # type: ignore[no-any-return]
 
-    def _steps_by_kernel(self, q_BH1P: Tensor, state: KVCache, context: Context) -> bool:
-        """Whether a kernel knows all that a step on a static state needs."""
-        if state.position is None or state.max_length is None or state.visible_BL is not None:
-            return False
+    def _kernel_of_step(self, q_BH1P: Tensor, state: KVCache, context: Context) -> str:
+        """The backend that knows all that a step on a static state needs; torch's where none."""
+        if state.position is None or state.visible_BL is not None:
+            return TORCH
         if self.config.position == "alibi" or context.published is not None:
-            return False
-        is_same = state.keys_BHLP.dtype == q_BH1P.dtype
-        return is_same and step_backend(q_BH1P.device.type, q_BH1P.dtype, self.heads.dim) != TORCH
+            return TORCH
+        if state.keys_BHLP.dtype != q_BH1P.dtype:
+            return TORCH
+        return self._step_backend(q_BH1P.device.type, q_BH1P.dtype, state.max_length is None)
+
+    def _step_backend(self, device_type: str, dtype: torch.dtype, is_ring: bool = False) -> str:
+        group = self.heads.queries // self.heads.kv
+        return step_backend(device_type, dtype, self.heads.dim, group, is_ring)
 
     def _project(self, x_BTD: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, T, P]`, keys and values `[B, K, T, P]` of the positions from `start`.

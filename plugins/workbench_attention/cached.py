@@ -25,22 +25,30 @@ def cached_attention(
     values_BKLP: Tensor,
     position: Tensor,
     scale: float,
+    backend: str,
 ) -> Tensor:
-    """flash-attn's decode step: put a token into the caches, and attend to all in them.
+    """Put a token into the caches, and attend to all in them.
 
     Reads only the slots that are filled, which the device alone knows.
 
     Args:
-        position: 0-dim, tokens in the caches before this one.
+        position: 0-dim int64, tokens given before this one.
+        backend: `"triton"`, whose token p goes to slot p modulo L, or `"flash-attn"`, which must
+            have room for it.
 
     Returns:
         `[B, 1, H, P]`.
     """
+    caches = keys_BKLP, values_BKLP
+    if backend == "triton":
+        from workbench_attention.triton_decode import decode_attention
+
+        token = (tensor.squeeze(1) for tensor in (q_B1HP, k_B1KP, v_B1KP))
+        return decode_attention(*token, *caches, position, scale).unsqueeze(1)
     lengths_B = position.to(torch.int32).expand(len(q_B1HP)).contiguous()
     return import_module("flash_attn").flash_attn_with_kvcache(  # type: ignore[no-any-return]
         q_B1HP,
-        keys_BKLP.transpose(1, 2),
-        values_BKLP.transpose(1, 2),
+        *(cache.transpose(1, 2) for cache in caches),
         k=k_B1KP,
         v=v_B1KP,
         cache_seqlens=lengths_B,
@@ -58,5 +66,6 @@ def _(
     values_BKLP: Tensor,
     position: Tensor,
     scale: float,
+    backend: str,
 ) -> Tensor:
     return torch.empty_like(q_B1HP, memory_format=torch.contiguous_format)

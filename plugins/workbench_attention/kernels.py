@@ -1,4 +1,4 @@
-"""Plain causal attention on the fastest kernel that works here.
+"""Plain causal attention, and its decode step, on the fastest kernels that work here.
 
 Torch's own scaled_dot_product_attention is the fallback; with cuDNN's kernel first it is the
 fastest on Hopper, and flash-attn is the one that knows a sliding window.
@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from workbench.kernels import TORCH, Backend, Operation, choose, constant
 
 HALF = (torch.float16, torch.bfloat16)
+MAX_STEP_HEAD_DIM, MAX_STEP_GROUP = 256, 64  # of the own decode kernel: its tiles stay on the chip
+PROBE_TOLERANCE = 0.02
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -80,11 +82,23 @@ def causal_attention(
 
 
 @constant
-def step_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """What a decode step on static caches without masks runs on: flash-attn or torch."""
-    if device_type != "cuda" or dtype not in HALF or flash_attn_lacks(head_dim, dtype):
+def step_backend(
+    device_type: str, dtype: torch.dtype, head_dim: int, group: int = 1, is_ring: bool = False
+) -> str:
+    """What a decode step on static caches without masks runs on.
+
+    Args:
+        group: query heads of a key-value head.
+        is_ring: whether the cache forgets its oldest token (`KVCache`).
+    """
+    if device_type != "cuda" or dtype not in HALF:
         return TORCH
-    return choose("attention_step", ("flash-attn",))
+    able = []
+    if head_dim <= MAX_STEP_HEAD_DIM and group <= MAX_STEP_GROUP:
+        able.append("triton")
+    if not is_ring and not flash_attn_lacks(head_dim, dtype):
+        able.append("flash-attn")
+    return choose("attention_step", tuple(able))
 
 
 @lru_cache
@@ -115,6 +129,48 @@ def _probe_flash_attn() -> None:
         raise RuntimeError(why)
 
 
+def _probe_triton_step() -> None:
+    """Run the decode kernels, and hold outputs and caches against torch's."""
+    from workbench_attention.cached import cached_attention
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).bfloat16()
+
+    # One cache that is split and one that is not; half full, full, and forgetting.
+    for batch, slots, filled in ((1, 200, 130), (1, 200, 200), (96, 70, 50), (96, 70, 93)):
+        q_B1HP, k_B1KP, v_B1KP = (random(batch, 1, heads, 64) for heads in (12, 4, 4))
+        caches = random(batch, 4, slots, 64), random(batch, 4, slots, 64)
+        wanted = _torch_step(q_B1HP, k_B1KP, v_B1KP, *(t.clone() for t in caches), filled)
+        position = torch.tensor(filled, device="cuda")
+        found = cached_attention(q_B1HP, k_B1KP, v_B1KP, *caches, position, 0.125, "triton")
+        written = all(
+            torch.equal(cache[:, :, filled % slots], new.squeeze(1))
+            for cache, new in zip(caches, (k_B1KP, v_B1KP), strict=True)
+        )
+        error = float((found.float() - wanted).norm() / wanted.norm())
+        if not written or not error < PROBE_TOLERANCE:
+            raise RuntimeError(f"the kernels are off by {error:.1%} of torch's result")
+
+
+def _torch_step(
+    q_B1HP: Tensor, k_B1KP: Tensor, v_B1KP: Tensor, keys: Tensor, values: Tensor, filled: int
+) -> Tensor:
+    slots = keys.shape[2]
+    for cache, new_B1KP in ((keys, k_B1KP), (values, v_B1KP)):
+        cache[:, :, filled % slots] = new_B1KP.squeeze(1)
+    seen = min(filled + 1, slots)
+    y_BH1P = F.scaled_dot_product_attention(
+        q_B1HP.transpose(1, 2).float(),
+        keys[:, :, :seen].float(),
+        values[:, :, :seen].float(),
+        scale=0.125,
+        enable_gqa=True,
+    )
+    return y_BH1P.transpose(1, 2)
+
+
 _FLASH_ATTN = Backend(
     name="flash-attn",
     probe=_probe_flash_attn,
@@ -122,4 +178,5 @@ _FLASH_ATTN = Backend(
 )
 _CUDNN = Backend(name="cudnn", probe=_probe_cudnn)
 ATTENTION = Operation("attention", [_CUDNN, _FLASH_ATTN], home=__name__)
-ATTENTION_STEP = Operation("attention_step", [_FLASH_ATTN], home=__name__)
+_TRITON_STEP = Backend(name="triton", probe=_probe_triton_step, install="pip install triton")
+ATTENTION_STEP = Operation("attention_step", [_TRITON_STEP, _FLASH_ATTN], home=__name__)

@@ -74,7 +74,7 @@ class Mamba2Config:
 
 @dataclasses.dataclass
 class Mamba2State(State):
-    """The last inputs of the convolution, and the recurrence's state, at least in float32."""
+    """The last inputs of the convolution, and the recurrence's state (`Mamba2.state_dtype`)."""
 
     conv_BCW: Tensor
     ssm_BHPN: Tensor
@@ -88,6 +88,12 @@ class Mamba2(Layer):
     the convolution's window is not that of the last real token. With `seq_idx` and a state, the
     state belongs to the first document of the call. `prefix_lengths` has no effect: the
     recurrence stays causal.
+
+    Attributes:
+        state_dtype: what `init_state` keeps the recurrence's state in; None for the activations'
+            dtype, but float32 at least. Half as wide, a state takes half the time to read and is
+            rounded at every token (`workbench.decoding.set_state_dtype`); steps are computed in
+            float32 all the same.
     """
 
     Config: ClassVar[type] = Mamba2Config
@@ -95,6 +101,7 @@ class Mamba2(Layer):
     glyph = "2"
     reference = "arXiv:2405.21060"
     output_projection = "out_proj"
+    state_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -208,7 +215,7 @@ class Mamba2(Layer):
         ssm = (batch_size, self.heads, config.headdim, config.d_state)
         return Mamba2State(
             torch.zeros(conv, device=device, dtype=dtype),
-            torch.zeros(ssm, device=device, dtype=at_least_float32(dtype)),
+            torch.zeros(ssm, device=device, dtype=self.state_dtype or at_least_float32(dtype)),
         )
 
     def backends(self, dtype: torch.dtype) -> dict[str, str]:

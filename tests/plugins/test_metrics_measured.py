@@ -206,7 +206,9 @@ def test_measured_figures_are_positive_and_leave_the_model_alone(
     assert 0 < figure < math.inf
     assert 0 < subject.extras["p10_ms"] <= subject.extras["p90_ms"] < math.inf
     steps = {"steps": "eager: CUDA graphs need a CUDA device"}
-    assert subject.notes == ({} if name in ("prefill_ms", "ttft_ms") else steps)
+    refused = "prefills cannot be captured as a CUDA graph: CUDA graphs need a CUDA device"
+    notes = {"ttft_ms": {}, "prefill_ms": {"prefill": f"eager: {refused}"}}
+    assert subject.notes == notes.get(name, steps)
     assert model.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())

@@ -20,6 +20,7 @@ from workbench.errors import FieldError, UnknownNameError, WorkbenchError
 from workbench.layer import State
 from workbench.layout import Block, Layout
 from workbench.measuring import (
+    Prefill,
     ProcessorClock,
     Timing,
     decode_time,
@@ -28,6 +29,7 @@ from workbench.measuring import (
     memory_peak,
     peak_memory,
     prefill_time,
+    prefiller_of,
     stepper_of,
     time_calls,
 )
@@ -298,6 +300,37 @@ def test_ways_to_run_steps_have_names() -> None:
     _, captured = stepper_of("cuda-graph", "cpu")
     with pytest.raises(WorkbenchError, match="cannot be captured"):
         decode_time(toy(), 1, 4, stepper=captured)
+
+
+def test_prefills_run_as_steps_do() -> None:
+    assert prefiller_of("auto", "cpu") is prefiller_of("eager", "cuda") is None
+    captured = prefiller_of("auto", "cuda")
+    assert captured is prefiller_of("cuda-graph", "cpu") is not None
+    with pytest.raises(WorkbenchError, match="prefills cannot be captured"):
+        prefill_time(toy(), 1, 4, prefiller=captured)
+    with pytest.raises(UnknownNameError, match="unknown way to run steps 'quick'"):
+        prefiller_of("quick", "cpu")
+
+
+def test_a_prefiller_is_made_once_and_its_calls_are_timed() -> None:
+    made, calls = [], []
+
+    def prefiller(model: HybridLM, prompt_BT: Tensor) -> Prefill:
+        made.append(prompt_BT)
+        time.sleep(0.2)
+
+        def prefill(given_BT: Tensor) -> Tensor:
+            calls.append(given_BT)
+            return model.prefill(given_BT, model.init_state(*given_BT.shape))
+
+        return prefill
+
+    timing = prefill_time(toy(), 2, 5, warmup=1, repeats=3, min_seconds=0, prefiller=prefiller)
+    assert len(made) == 1
+    assert len(calls) == 4
+    assert timing.repeats == 3
+    assert timing.p90 < 0.2
+    assert all(torch.equal(given_BT, made[0]) for given_BT in calls)
 
 
 def test_tokens_come_from_the_seed_alone() -> None:

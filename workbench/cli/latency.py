@@ -198,13 +198,11 @@ def _open(
     from workbench.latency_filling import ModelTimer
     from workbench.latency_machine import Machine
     from workbench.latency_table import LatencyTable, latency_folder
-    from workbench.measuring import stepper_of
     from workbench.records import runs_folder
 
-    name, stepper = stepper_of(steps, device)
-    timer = ModelTimer(name=name, stepper=stepper)
+    timer = ModelTimer.of(steps, device)
     folder = latency_folder(runs_folder(runs) / ".cache")
-    return LatencyTable.open(folder, Machine.here(device, dtype, name)), timer
+    return LatencyTable.open(folder, Machine.here(device, dtype, timer.name)), timer
 
 
 def _work(
