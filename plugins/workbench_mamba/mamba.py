@@ -26,12 +26,13 @@ from workbench_mamba.common import (
     at_least_float32,
     check_shared,
     init_dt_bias,
+    is_plain,
     require_at_least_one,
     upcast,
 )
 from workbench_mamba.kernels import causal_conv1d, conv_backend, scan_backend, selective_scan
 from workbench_mamba.norms import RMSNorm
-from workbench_mamba.scan import causal_conv1d_update, selective_state_update
+from workbench_mamba.scan import causal_conv1d_update, last_inputs, selective_state_update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,16 +182,20 @@ class Mamba(Layer):
         )
 
     def backends(self, dtype: torch.dtype) -> dict[str, str]:
+        """With `triton`, the kernels take in the convolution too, but for padding."""
         device_type, (channels, d_state) = self.A_log.device.type, self.A_log.shape
-        return {
-            "selective_scan": scan_backend(device_type, dtype, d_state),
-            "causal_conv1d": conv_backend(device_type, dtype, channels, 2 * channels),
-        }
+        scan_on = scan_backend(device_type, dtype, d_state)
+        conv_on = conv_backend(device_type, dtype, channels, 2 * channels)
+        is_fused = scan_on == "triton" and self._is_published()
+        return {"selective_scan": scan_on, "causal_conv1d": scan_on if is_fused else conv_on}
 
     def forward(
         self, x_BTD: Tensor, context: Context = PLAIN, state: MambaState | None = None
     ) -> Tensor:
-        x_BTC, z_BTC = self.in_proj(x_BTD).chunk(2, -1)
+        xz_BTR = self.in_proj(x_BTD)
+        if self._is_fused(xz_BTR, context, state):
+            return self._fused(xz_BTR, context, state)
+        x_BTC, z_BTC = xz_BTR.chunk(2, -1)
         # Masked here, not before in_proj: its bias would make padding differ from no token.
         x_BTC, conv_BCW = causal_conv1d(
             context.mask_padding(x_BTC),
@@ -230,6 +235,42 @@ class Mamba(Layer):
             state.ssm_BCN, x_BC, delta_BC, self._decay(), B_BN, C_BN, self.D
         )
         return self._output(y_BC, z_BC)
+
+    def _is_published(self) -> bool:
+        """Whether all between the projections is as published, and the selection read directly."""
+        if type(self) is not Mamba or self.config.dt_bc_norm:
+            return False
+        return is_plain(self.x_proj) and type(self.dt_proj) is nn.Linear
+
+    def _is_fused(self, xz_BTR: Tensor, context: Context, state: MambaState | None) -> bool:
+        """Whether one operator does all between the projections; it knows no padding."""
+        if context.attention_mask_BT is not None or not self._is_published():
+            return False
+        if state is not None and torch.is_grad_enabled():
+            return False
+        d_state = self.config.d_state
+        return scan_backend(xz_BTR.device.type, xz_BTR.dtype, d_state) == "triton"
+
+    def _fused(self, xz_BTR: Tensor, context: Context, state: MambaState | None) -> Tensor:
+        """All that follows the input projection, `[B, T, D]`."""
+        from workbench_mamba.kernels.mamba_inner import mamba_inner
+
+        dtype = xz_BTR.dtype
+        out_weight_DC = self.out_proj.weight.to(dtype) if is_plain(self.out_proj) else None
+        y_BT, ssm_BCN = mamba_inner(
+            *(xz_BTR, self.conv1d.weight.squeeze(1), self.conv1d.bias),
+            *(self.x_proj.weight.to(dtype), self.dt_proj.weight.to(dtype), self.dt_proj.bias),
+            *(self._decay(), self.D),
+            out_weight_DC=out_weight_DC,
+            seq_idx_BL=context.seq_idx_BT,
+            conv_state_BCW=None if state is None else state.conv_BCW,
+            state_BCN=None if state is None else state.ssm_BCN,
+        )
+        if state is not None:
+            x_BTC = xz_BTR.chunk(2, -1)[0]
+            state.conv_BCW.copy_(last_inputs(x_BTC, state.conv_BCW, context.seq_idx_BT))
+            state.ssm_BCN.copy_(ssm_BCN)
+        return self.out_proj(y_BT) if out_weight_DC is None else y_BT
 
     def _decay(self) -> Tensor:
         """A, negative, at least in float32."""

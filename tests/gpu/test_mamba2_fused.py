@@ -75,6 +75,8 @@ def test_outputs_and_gradients(backend, config, length, packed, dtype):
     names = ["y", "x", *(name for name, _ in layer.named_parameters())]
     for name, found, wanted in zip(names, results["triton"], results["torch"], strict=True):
         assert found.isfinite().all(), name
+        if length == 1 and name in ("dt_bias", "A_log", "D"):
+            continue  # of one token the norm cancels what they scale: their gradients are rounding
         # Sums over few tokens of one sign change carry the rounding of every term.
         slack = 1 if name in ("y", "x") else 3
         assert error(found, wanted) < slack * TOLERANCE[dtype], name

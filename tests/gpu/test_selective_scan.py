@@ -14,14 +14,17 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from tests.plugins.scan_cases import borders, rms_error
-from workbench_mamba.scan import selective_scan_ref
+from workbench_mamba.scan import selective_scan_ref, triton_selective_plan
+from workbench_mamba.scan.triton_selective import (
+    selective_scan_backward,
+    selective_scan_forward,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST = 1000 if DEVICE == "cuda" else 40
 TOLERANCE = {torch.float32: 6e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias", "z", "initial_state")
-OPTIONAL = ("D", "delta_bias", "z", "initial_state", "seq_idx")
+OPTIONAL = ("D", "delta_bias", "initial_state", "seq_idx")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,8 +36,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Uninitialised memory holds NaN, so that forgetting to write an element shows."""
+    if DEVICE == "cpu":  # programs are slow to start there
+        monkeypatch.setattr(triton_selective_plan, "CHANNELS", 64)
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -42,7 +47,7 @@ def poisoned_memory():
 
 
 def make(length, n=16, d=70, dtype=torch.float32, options=OPTIONAL, batch=2):
-    """Arguments as a layer has them: u and z halves of one projection, B and C parts of another."""
+    """Arguments as a layer has them: u half of one projection, B and C parts of another."""
     if length > LONGEST:
         pytest.skip("too long for the interpreter")
     generator = torch.Generator().manual_seed(length)
@@ -60,7 +65,6 @@ def make(length, n=16, d=70, dtype=torch.float32, options=OPTIONAL, batch=2):
         "C": projected[..., 3 + n :],
         "D": normal(d).to(DEVICE),
         "delta_bias": normal(d).to(DEVICE) * 0.3,
-        "z": xz[..., d:],
         "initial_state": normal(batch, d, n).to(DEVICE),
         "seq_idx": borders(length).to(DEVICE),
     }
@@ -88,8 +92,6 @@ def expected(arguments, weights, delta_softplus):
         initial_state_BDN=leaves["initial_state"],
         seq_idx_BL=arguments["seq_idx"],
     )
-    if leaves["z"] is not None:
-        y = y * silu(leaves["z"])
     loss = (y * weights[0].double()).sum()
     if weights[1] is not None:
         loss = loss + (final * weights[1].double()).sum()
@@ -98,20 +100,16 @@ def expected(arguments, weights, delta_softplus):
 
 
 def found(arguments, weights, delta_softplus, segments=None):
-    from workbench_mamba.scan.triton_selective import (
-        selective_scan_backward,
-        selective_scan_forward,
-    )
-
     inputs = tuple(arguments.values())
     options = {"delta_softplus": delta_softplus, "segments": segments}
-    y, final, checkpoints = selective_scan_forward(*inputs, save=True, **options)
+    y, gated, final, checkpoints = selective_scan_forward(*inputs, save=True, **options)
+    assert gated is None
     plain = selective_scan_forward(*inputs, save=False, **options)
-    assert torch.equal(plain[0], y)
-    assert torch.equal(plain[1], final)
-    assert plain[2].numel() == 0
+    assert torch.equal(plain.y_BLD, y)
+    assert torch.equal(plain.final_BDN, final)
+    assert plain.checkpoints.numel() == 0
     gradients = selective_scan_backward(*weights, checkpoints, *inputs, **options)
-    return (y, final), dict(zip(NAMES, gradients, strict=True))
+    return (y, final), gradients._asdict()
 
 
 def assert_agrees(arguments, weights, delta_softplus=True, segments=None):
@@ -172,7 +170,7 @@ def test_small_steps_keep_their_digits():
 
 def test_strided_sequences_and_transposed_states():
     arguments, weights = make(40)
-    for name in ("u", "delta", "z"):
+    for name in ("u", "delta"):
         arguments[name] = arguments[name].repeat_interleave(2, 1)[:, ::2]
     for name in ("B", "C", "A", "initial_state"):
         value = arguments[name]
@@ -189,10 +187,48 @@ def test_two_runs_are_equal_bit_for_bit():
         assert torch.equal(gradient, second[1][name]), name
 
 
+@pytest.mark.parametrize("length", [7, 40, 300])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gate_is_applied_last(length, dtype):
+    arguments, (z, _) = make(length, dtype=dtype)
+    inputs = tuple(arguments.values())
+    z = z.repeat(1, 1, 2)[..., :70]  # as the half of a projection
+    options = {"delta_softplus": True, "segments": 2}
+    plain = selective_scan_forward(*inputs, save=True, **options)
+    both = selective_scan_forward(*inputs, save=True, z_BLD=z, **options)
+    alone = selective_scan_forward(*inputs, save=False, z_BLD=z, **options)
+    assert torch.equal(both.y_BLD, plain.y_BLD)
+    assert torch.equal(both.gated_BLD, alone.gated_BLD)
+    assert alone.y_BLD is None
+    wanted = plain.y_BLD.double() * silu(z.double())
+    assert rms_error(both.gated_BLD, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("length", "channels"), [(7, 70), (40, 64), (130, 6)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gates_gradient(length, channels, dtype):
+    from workbench_mamba.scan.triton_selective_gate import gate_backward
+
+    if length > LONGEST:
+        pytest.skip("too long for the interpreter")
+    generator = torch.Generator().manual_seed(length)
+    dout, y = torch.randn(2, 2, length, channels, generator=generator).to(DEVICE, dtype)
+    xz = torch.randn(2, length, 2 * channels, generator=generator).to(DEVICE, dtype)
+    dxz = torch.full_like(xz, 5.0)
+    z, dz = xz[..., channels:], dxz[..., channels:]
+    leaves = [y.double().requires_grad_(), z.double().requires_grad_()]
+    wanted = leaves[0] * silu(leaves[1])
+    gradients = torch.autograd.grad(wanted, leaves, dout.double())
+    out = torch.empty_like(y)
+    dy = gate_backward(dout, y, z, dz, out, torch.empty_like(dout))
+    for one, other in ((out, wanted), (dy, gradients[0]), (dz, gradients[1])):
+        assert rms_error(one, other) < TOLERANCE[dtype]
+    assert (dxz[..., :channels] == 5.0).all()
+    assert torch.equal(gate_backward(dout, y, z, dz, None, dout), dy)  # in place
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_a_graph_replays_the_scan():
-    from workbench_mamba.scan.triton_selective import selective_scan_forward
-
     arguments, _ = make(300, dtype=torch.bfloat16)
     inputs = tuple(arguments.values())
     options = {"delta_softplus": True, "save": False}

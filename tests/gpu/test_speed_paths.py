@@ -80,8 +80,8 @@ def test_captured_training_is_eager_training(builder, optimizer):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_compiled_training_is_eager_training(builder, half):
-    wanted, _ = losses(builder, LAYOUT, 4, half=half)
-    found, step = losses(builder, LAYOUT, 4, half=half, compiled=True, captured=True)
+    wanted, _ = losses(builder, LAYOUT, WARMUP, half=half)
+    found, step = losses(builder, LAYOUT, WARMUP, half=half, compiled=True, captured=True)
     assert step.mode == "compiled"  # too few steps for a capture
     assert found == pytest.approx(wanted, rel=2e-2 if half else 1e-3)
 

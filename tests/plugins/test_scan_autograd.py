@@ -150,3 +150,18 @@ def test_bad_options() -> None:
         ssd(**ssd_arguments(8, g=3))
     with pytest.raises(ValueError, match="activation is 'gelu'"):
         causal_conv1d(**conv_arguments(8), activation="gelu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_compiled_it_gives_the_same() -> None:
+    """As blocks are on a CUDA device where no kernel takes a scan's place."""
+    compiled, arguments = torch.compile(ssd, dynamic=False), ssd_arguments(17)
+    outputs, grads = gradients(compiled, arguments, torch.float32)
+    wanted_outputs, wanted_grads = gradients(ssd, arguments, torch.float32)
+    for found, wanted in zip(outputs, wanted_outputs, strict=True):
+        assert rms_error(found, wanted) < OUTPUT_TOLERANCE
+    assert grads.keys() == wanted_grads.keys()
+    for name, gradient in grads.items():
+        assert rms_error(gradient, wanted_grads[name]) < GRADIENT_TOLERANCE, name

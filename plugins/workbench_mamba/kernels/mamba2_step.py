@@ -1,4 +1,4 @@
-"""A decode step of Mamba-2 between its two projections, as two kernels.
+"""A decode step of Mamba-2 between its two projections, as three kernels.
 
 Shape suffixes: B batch, R rows of the projection, I inner channels, C convolved ones, W width of
 the filter, H heads, P head dim, N state.
@@ -31,14 +31,15 @@ def mamba2_step(
     high: float | None,
 ) -> Tensor:
     """`mamba2_inner` at one token, `[B, I]`; both states are updated in place."""
-    from workbench_mamba.scan.triton_mamba2_step import norm_step, state_step
+    from workbench_mamba.scan.triton_gated_norm import gated_norm_forward
+    from workbench_mamba.scan.triton_mamba2_step import conv_step, state_step
 
     inner, channels = norm_weight_I.shape[0], conv_weight_CW.shape[0]
     z_BI, xBC_BC = zxbcdt_BR[:, :inner], zxbcdt_BR[:, inner : inner + channels]
-    raw_BH, states = zxbcdt_BR[:, inner + channels :], (conv_state_BCW, state_BHPN)
-    weights = conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H
-    y_BI = state_step(xBC_BC, raw_BH, *states, *weights, groups, (low, high))
-    return norm_step(y_BI, z_BI, xBC_BC, conv_state_BCW, norm_weight_I, norm_groups, eps)
+    xBC_BC = conv_step(xBC_BC, conv_state_BCW, conv_weight_CW, conv_bias_C)
+    raw_BH = zxbcdt_BR[:, inner + channels :]
+    y_BI = state_step(xBC_BC, raw_BH, state_BHPN, A_log_H, D_H, dt_bias_H, groups, (low, high))
+    return gated_norm_forward(y_BI, z_BI, norm_weight_I, norm_groups, eps)
 
 
 @mamba2_step.register_fake

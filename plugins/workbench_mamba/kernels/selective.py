@@ -1,4 +1,4 @@
-"""Mamba's selective scan on a CUDA device: own Triton kernels or mamba-ssm's, else torch.
+"""Mamba's selective scan on a CUDA device: own Triton kernels, else mamba-ssm's, else torch.
 
 Shape suffixes: B batch, L length, D channels, N state.
 """
@@ -122,12 +122,12 @@ def _probe_mamba_ssm() -> None:
 SELECTIVE_SCAN = Operation(
     "selective_scan",
     [
+        Backend(name="triton", probe=_probe_triton, install="pip install triton"),
         Backend(
             name="mamba-ssm",
             probe=_probe_mamba_ssm,
             install="pip install --no-build-isolation --no-deps mamba-ssm causal-conv1d einops",
         ),
-        Backend(name="triton", probe=_probe_triton, install="pip install triton"),
     ],
     home=__name__,
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from workbench_mamba.scan.triton_selective import (
-    CHUNK,
+    checkpoint_shape,
     selective_scan_backward,
     selective_scan_forward,
 )
+from workbench_mamba.scan.triton_selective_plan import kept_dtype
 
 
 class Triton:
@@ -29,11 +29,13 @@ class Triton:
         softplus: bool,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return selective_scan_forward(
-            *(u, delta, A, B, C, D, bias, None, initial, seq_idx),
+        found = selective_scan_forward(
+            *(u, delta, A, B, C, D, bias, initial, seq_idx),
             delta_softplus=softplus,
             save=save,
         )
+        assert found.y_BLD is not None
+        return found.y_BLD, found.final_BDN, found.checkpoints
 
     @staticmethod
     def backward(
@@ -51,15 +53,13 @@ class Triton:
         seq_idx: Tensor | None,
         softplus: bool,
     ) -> tuple[Tensor | None, ...]:
-        *gradients, _, dinitial = selective_scan_backward(
-            *(dy, dfinal, saved, u, delta, A, B, C, D, bias, None, initial, seq_idx),
+        return selective_scan_backward(
+            *(dy, dfinal, saved, u, delta, A, B, C, D, bias, initial, seq_idx),
             delta_softplus=softplus,
         )
-        return (*gradients, dinitial)
 
     @staticmethod
     def saved_like(u: Tensor, A: Tensor, save: bool) -> Tensor:
-        if not save:
-            return u.new_empty(0, dtype=torch.float32)
-        batch, length, channels = u.shape
-        return u.new_empty((batch, -(-length // CHUNK), A.shape[1], channels), dtype=torch.float32)
+        dtype = kept_dtype(u.dtype)
+        shape = checkpoint_shape(*u.shape, A.shape[1]) if save else (0,)
+        return u.new_empty(shape, dtype=dtype)

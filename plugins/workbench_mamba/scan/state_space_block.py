@@ -45,7 +45,10 @@ class Block:
         self.x, self.dt = x.reshape(self.tokens), dt.reshape(z, q, r, 1)
         self.B, self.C = B.reshape(z, q, n), C.reshape(z, q, n)
         by_head = self.take("xdt", z, r, q, p)
-        torch.mul(self.x.transpose(1, 2), self.dt.transpose(1, 2), out=by_head)
+        if torch.compiler.is_compiling():  # it would give `out` the strides of the inputs
+            by_head.copy_(self.x.transpose(1, 2) * self.dt.transpose(1, 2))
+        else:
+            torch.mul(self.x.transpose(1, 2), self.dt.transpose(1, 2), out=by_head)
         self.xdt = by_head.flatten(0, 1)
         self._set_decays(a.reshape(z, q, r), groups, document)
         scores = torch.bmm(self.C, self.B.transpose(1, 2), out=self.take("scores", z, q, q))

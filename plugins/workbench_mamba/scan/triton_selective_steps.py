@@ -9,7 +9,7 @@ import triton.language as tl
 
 # The value below which log(1 + e) loses digits and its series is used, and the one above which
 # softplus is the identity in float32.
-SERIES_BELOW = tl.constexpr(0.03125)
+SERIES_BELOW = tl.constexpr(0.015625)
 IDENTITY_ABOVE = tl.constexpr(20.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -27,61 +27,81 @@ def sigmoid(x):
 
 @triton.jit
 def step_size(raw_D, bias_D, SOFTPLUS: tl.constexpr):
-    """delta in float32 from what the projection gave: bias added, softplus applied if asked."""
-    x_D = raw_D.to(tl.float32) + bias_D
-    if SOFTPLUS:
-        e_D = tl.exp2(x_D * LOG2_E)
-        series_D = e_D * (1.0 - e_D * (0.5 - e_D * (0.33333334 - e_D * (0.25 - e_D * 0.2))))
-        positive_D = tl.where(e_D < SERIES_BELOW, series_D, tl.log2(1.0 + e_D) * LN_2)
-        x_D = tl.where(x_D > IDENTITY_ABOVE, x_D, positive_D)
-    return x_D
+    """delta in float32 from what the projection gave, and its slope by that.
 
-
-@triton.jit
-def load_steps(pointer, stride, first, last, d_D, mask_D, T: tl.constexpr, WHOLE: tl.constexpr):
-    """T rows from `first` on, as a tuple; rows from `last` on read as zero (none if WHOLE)."""
-    rows = ()
-    for j in tl.static_range(T):
-        if WHOLE:
-            row_D = tl.load(pointer + (first + j) * stride + d_D, mask=mask_D, other=0.0)
-        else:
-            keep_D = mask_D & (first + j < last)
-            row_D = tl.load(pointer + (first + j) * stride + d_D, mask=keep_D, other=0.0)
-        rows += (row_D,)
-    return rows
-
-
-@triton.jit
-def step_sizes(
-    raw, bias_D, first, last, T: tl.constexpr, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr
-):
-    """The deltas of T rows; zero from `last` on, which leaves the state as it is."""
-    deltas = ()
-    for j in tl.static_range(T):
-        delta_D = step_size(raw[j], bias_D, SOFTPLUS)
-        if not WHOLE:
-            delta_D = tl.where(first + j < last, delta_D, 0.0)
-        deltas += (delta_D,)
-    return deltas
-
-
-@triton.jit
-def load_row(packed, t, last, N: tl.constexpr, BD: tl.constexpr):
-    """A row of B or of C out of a `[L, 2, N]` (past the end, the last one) for each of BD channels.
-
-    Broadcast here, so that a loop that carries it keeps it in the layout it is used in.
+    With SOFTPLUS, the bias is added, and softplus' slope is e^x / (1 + e^x): one more power.
     """
-    row = tl.minimum(t, last - 1)
-    row_N = tl.load(packed + row * (2 * N) + tl.arange(0, N))
-    return tl.broadcast_to(row_N[:, None], (N, BD))
+    x_D = raw_D.to(tl.float32) + bias_D
+    slope_D = tl.full(x_D.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        power_D = tl.minimum(x_D, IDENTITY_ABOVE) * LOG2_E
+        e_D = tl.exp2(power_D)
+        log_D = tl.log2(1.0 + e_D)
+        slope_D = tl.exp2(power_D - log_D)
+        series_D = e_D * (1.0 - e_D * (0.5 - e_D * 0.33333334))
+        positive_D = tl.where(e_D < SERIES_BELOW, series_D, log_D * LN_2)
+        x_D = tl.where(x_D <= IDENTITY_ABOVE, positive_D, x_D)  # not a number stays one
+    return x_D, slope_D
 
 
 @triton.jit
-def load_rows(packed, t, last, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+def step_sizes(raw, bias_D, t, last, T: tl.constexpr, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr):
+    """The deltas of T tokens from t on, and their slopes; zero from `last` on: the state stays."""
+    deltas, slopes = (), ()
+    for j in tl.static_range(T):
+        delta_D, slope_D = step_size(raw[j], bias_D, SOFTPLUS)
+        if not WHOLE:
+            delta_D = tl.where(t + j < last, delta_D, 0.0)
+            slope_D = tl.where(t + j < last, slope_D, 0.0)
+        deltas = deltas + (delta_D,)  # noqa: RUF005
+        slopes = slopes + (slope_D,)  # noqa: RUF005
+    return deltas, slopes
+
+
+@triton.jit
+def load_tokens(
+    at_D, ROW: tl.constexpr, t, last, mask_D,
+    T: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """T rows from the one at `at_D`, token t's; from `last` on they read as zero.
+
+    Rows lie a constant apart, so that one address serves all of them.
+    """
     rows = ()
     for j in tl.static_range(T):
-        rows += (load_row(packed, t + j, last, N, BD),)
+        if WHOLE and EVEN:
+            row_D = tl.load(at_D + j * ROW)
+        elif WHOLE:
+            row_D = tl.load(at_D + j * ROW, mask=mask_D, other=0.0)
+        else:
+            row_D = tl.load(at_D + j * ROW, mask=mask_D & (t + j < last), other=0.0)
+        rows = rows + (row_D,)  # noqa: RUF005
     return rows
+
+
+@triton.jit
+def store_token(at_D, value_D, t, last, mask_D, WHOLE: tl.constexpr, EVEN: tl.constexpr):
+    value_D = value_D.to(at_D.dtype.element_ty)
+    if WHOLE and EVEN:
+        tl.store(at_D, value_D)
+    elif WHOLE:
+        tl.store(at_D, value_D, mask=mask_D)
+    else:
+        tl.store(at_D, value_D, mask=mask_D & (t < last))
+
+
+@triton.jit
+def load_pair(row, N: tl.constexpr, BD: tl.constexpr):
+    """B and C of the token whose packed row is given, for each of BD channels.
+
+    They lie in the halves of one 64-bit number: a lane's states are apart, so that wider loads
+    would not serve it. Broadcast here, so that a loop keeps them in the layout they are used in.
+    """
+    pair_N = tl.load(row + tl.arange(0, N))
+    pair_ND = tl.broadcast_to(pair_N[:, None], (N, BD))
+    b_ND = pair_ND.to(tl.int32).to(tl.float32, bitcast=True)
+    c_ND = (pair_ND >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return b_ND, c_ND
 
 
 @triton.jit
@@ -109,7 +129,7 @@ def state_at(index, n_N, d_D, N_SIZE, D_SIZE, zero):
 
     `zero` is an argument of the launch that the compiler cannot know: it then takes the address
     for unaligned and reads one channel a thread, the layout of all else, where it would otherwise
-    read four and exchange them through shared memory.
+    read several and exchange them.
     """
     row = index.to(tl.int64) * N_SIZE
     return (row + n_N[:, None]) * D_SIZE + d_D[None, :] + zero
@@ -133,20 +153,9 @@ def load_channel(pointer, d_D, mask_D, HAS: tl.constexpr):
 
 @triton.jit
 def combine_segments(
-    carry_ND,
-    local,
-    decays,
-    first,
-    last,
-    row,
-    d_D,
-    n_N,
-    mask_D,
-    D_SIZE,
-    zero,
-    STEP: tl.constexpr,
-    N: tl.constexpr,
-):
+    carry_ND, local, decays, first, last, row, d_D, n_N, mask_D, D_SIZE, zero,
+    STEP: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """Carry a state over the segments first, first + STEP, ... before `last`.
 
     `local` and `decays` are `[B * S, N, D]`: what a segment ends with if it starts from zero, and
@@ -159,3 +168,14 @@ def combine_segments(
         carry_ND = factor_ND * carry_ND + tl.load(local + at_ND, mask=mask_D[None, :], other=0.0)
         i += STEP
     return carry_ND
+
+
+@triton.jit
+def store_segment(
+    local, decays, carry_ND, total_D, kept, A2_ND, index, n_N, d_D, mask_D, D_SIZE, zero,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Write what `combine_segments` reads of a segment; `total_D` is the sum of its deltas."""
+    at_ND = state_at(index, n_N, d_D, N, D_SIZE, zero)
+    tl.store(local + at_ND, carry_ND, mask=mask_D[None, :])
+    tl.store(decays + at_ND, tl.exp2(total_D[None, :] * A2_ND) * kept, mask=mask_D[None, :])
