@@ -25,6 +25,8 @@ from workbench.preset import Preset
 from workbench.quantizer import QuantizationReport, Quantizer, num_bytes
 from workbench.registry import Registry
 
+Key = tuple[int, type[Layer], str, tuple[type[Quantizer], str] | None]  # `Builder._key`
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockCosts:
@@ -57,6 +59,16 @@ class LayoutCosts:
     length: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Resolved:
+    """The last layout that was resolved: the stages of a trial ask for it again and again."""
+
+    given: Layout
+    layout: Layout
+    sources: list[int | None]
+    keys: list[Key]
+
+
 class Builder:
     """What is registered, and how a Layout becomes a model.
 
@@ -76,7 +88,11 @@ class Builder:
         self.exporters = Registry[type[Exporter]]("exporter", _check(Exporter), failures)
         self.presets = Registry[Preset]("preset", _check_preset, failures)
         register_all(plugins, self.registries())
-        self._weight_bytes: dict[str, int] = {}
+        # A search meets few different blocks: what is known of one is kept.
+        self._blocks: dict[Key, Block] = {}  # resolved, by what they were resolved from
+        self._rows: dict[tuple[Key, bool, int, int, str], BlockCosts] = {}
+        self._weight_bytes: dict[tuple[Key, bool, int], int] = {}
+        self._last: _Resolved | None = None
 
     @classmethod
     def load(cls, plugin_dirs: Iterable[str | Path] = ()) -> Builder:
@@ -103,22 +119,42 @@ class Builder:
         Raises:
             UnknownNameError, FieldError: with the block and the field to change.
         """
+        return self._resolve(layout).layout
+
+    def _resolve(self, layout: Layout) -> _Resolved:
+        if self._last is not None and (layout is self._last.layout or layout is self._last.given):
+            return self._last
         blocks = []
         for index, block in enumerate(layout.blocks):
-            where = f"blocks[{index}] ({block.layer})"
-            layer = self.layers[block.layer]
-            config = _located(where, configs.from_dict, layer.Config, block.config)
-            _located(where, layer.check, layout.d_model, config)
-            blocks.append(
-                Block(
-                    layer=block.layer,
-                    config=configs.to_dict(config),
-                    quantizer=self._resolve_quantizer(block.quantizer, where),
-                )
-            )
+            key = self._key(layout.d_model, block)
+            if key not in self._blocks:
+                where = f"blocks[{index}] ({block.layer})"
+                self._blocks[key] = self._resolve_block(layout.d_model, block, where)
+            blocks.append(self._blocks[key])
         resolved = layout.replace(blocks=tuple(blocks))
-        self.sources(resolved)
-        return resolved
+        self._last = _Resolved(
+            given=layout,
+            layout=resolved,
+            sources=self.sources(resolved),
+            keys=[self._key(layout.d_model, block) for block in blocks],
+        )
+        return self._last
+
+    def _key(self, d_model: int, block: Block) -> Key:
+        """Equal for blocks of equal width, layer, Config and quantizer; 1 is not 1.0."""
+        stored = block.quantizer
+        how = None if stored is None else (self.quantizers[stored.name], repr(stored.config))
+        return d_model, self.layers[block.layer], repr(block.config), how
+
+    def _resolve_block(self, d_model: int, block: Block, where: str) -> Block:
+        layer = self.layers[block.layer]
+        config = _located(where, configs.from_dict, layer.Config, block.config)
+        _located(where, layer.check, d_model, config)
+        return Block(
+            layer=block.layer,
+            config=configs.to_dict(config),
+            quantizer=self._resolve_quantizer(block.quantizer, where),
+        )
 
     def sources(self, layout: Layout) -> list[int | None]:
         """For each block of a resolved layout the earlier one that it builds on, or None.
@@ -196,37 +232,58 @@ class Builder:
         Args:
             bytes_per_element: of weights that no quantizer stores, activations and caches.
         """
-        layout = self.resolve(layout)
+        known = self._resolve(layout)
+        layout = known.layout
         norm = layout.d_model * (1 if layout.norm == "rmsnorm" else 2)
         rows = []
-        for block, source in zip(layout.blocks, self.sources(layout), strict=True):
-            layer = self.layers[block.layer]
-            costs = layer.costs(
-                layout.d_model,
-                configs.from_dict(layer.Config, block.config),
-                length=length,
-                bytes_per_element=bytes_per_element,
-            )
-            shared = layer.shared if source is not None else ()
-            if shared:
-                own: Any = costs.own_parameters
-                costs = dataclasses.replace(costs, parameters=own, active_parameters=own)
-            stored = self._block_bytes(layout.d_model, block, shared, costs, bytes_per_element)
-            block_norm = norm if layer.pre_norm else 0
-            rows.append(
-                BlockCosts(
-                    layer=block.layer,
-                    costs=costs,
-                    norm_parameters=block_norm,
-                    weight_bytes=stored + block_norm * bytes_per_element,
-                )
-            )
+        for block, own_key, source in zip(layout.blocks, known.keys, known.sources, strict=True):
+            is_shared = source is not None and bool(self.layers[block.layer].shared)
+            own = (own_key, is_shared, length, bytes_per_element)
+            key = (*own, layout.norm)
+            if key not in self._rows:
+                self._rows[key] = self._row(layout, block, norm, *own)
+            rows.append(self._rows[key])
         return _total(layout, norm, tuple(rows), length, bytes_per_element)
+
+    def _row(
+        self,
+        layout: Layout,
+        block: Block,
+        norm: int,
+        key: Key,
+        is_shared: bool,
+        length: int,
+        bytes_per_element: int,
+    ) -> BlockCosts:
+        """The costs of one block.
+
+        Args:
+            norm: parameters of a norm.
+            is_shared: whether an earlier block holds the weights that it may share.
+        """
+        layer = self.layers[block.layer]
+        config: Any = configs.from_dict(layer.Config, block.config)
+        costs = layer.costs(
+            layout.d_model, config, length=length, bytes_per_element=bytes_per_element
+        )
+        if is_shared:
+            own: Any = costs.own_parameters
+            costs = dataclasses.replace(costs, parameters=own, active_parameters=own)
+        shared = layer.shared if is_shared else ()
+        stored = self._block_bytes(layout.d_model, block, key, shared, costs, bytes_per_element)
+        block_norm = norm if layer.pre_norm else 0
+        return BlockCosts(
+            layer=block.layer,
+            costs=costs,
+            norm_parameters=block_norm,
+            weight_bytes=stored + block_norm * bytes_per_element,
+        )
 
     def _block_bytes(
         self,
         d_model: int,
         block: Block,
+        block_key: Key,
         shared: Sequence[str],
         costs: Costs,
         bytes_per_element: int,
@@ -234,7 +291,7 @@ class Builder:
         """Bytes of a block's weights as stored, without the `shared` ones, which another holds."""
         if block.quantizer is None:
             return costs.parameters * bytes_per_element
-        key = f"{d_model} {bytes_per_element} {bool(shared)} {block.to_dict()}"
+        key = (block_key, bool(shared), bytes_per_element)
         if key not in self._weight_bytes:
             dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[bytes_per_element]
             layer = self._layer(d_model, block, device=torch.device("meta"), dtype=dtype)
@@ -257,8 +314,8 @@ def _total(
         forward_flops=head_flops * length,
         decode_flops=head_flops,
     )
-    for row in rows:
-        total = total + row.costs + Costs(parameters=row.norm_parameters)
+    norms = Costs(parameters=sum(row.norm_parameters for row in rows))
+    total = Costs.sum([total, *(row.costs for row in rows), norms])
     return LayoutCosts(
         embedding=embedding,
         head=head,

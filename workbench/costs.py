@@ -7,6 +7,7 @@ against built modules and torch's FlopCounterMode.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -40,9 +41,13 @@ class Costs:
                 object.__setattr__(self, name, self.parameters)
 
     def __add__(self, other: Costs) -> Costs:
-        return Costs(
-            **{
-                field.name: getattr(self, field.name) + getattr(other, field.name)
-                for field in dataclasses.fields(self)
-            }
-        )
+        return Costs.sum((self, other))
+
+    @classmethod
+    def sum(cls, parts: Sequence[Costs]) -> Costs:
+        """All of the parts together."""
+        values = [vars(part) for part in parts]
+        return cls(**{name: sum([value[name] for value in values]) for name in FIELDS})
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Costs))

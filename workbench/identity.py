@@ -18,7 +18,7 @@ from workbench.provenance import Provenance
 from workbench.records import Study
 from workbench.registry import Registry
 from workbench.space import NONE, Space
-from workbench.study_config import StudyConfig
+from workbench.study_config import RungsConfig, StudyConfig
 from workbench.trial import Workplace
 
 
@@ -37,6 +37,7 @@ def identity(place: Workplace, space: Space) -> dict[str, Any]:
         "space": space.to_dict(),
         **{name: config[name] for name in ("objectives", "constraints", "metrics", "data", "seed")},
         "training": dataclasses.asdict(place.training),
+        "rungs": config["rungs"],
         "data_facts": place.data.describe(),
         "plugins": used_plugins(place.config, place.builder),
         "torch": package_versions(("torch",))["torch"],
@@ -141,8 +142,9 @@ def refuse_change(folder: Path, now: dict[str, Any], name: str) -> None:
     """
     if not (folder / "study.json").exists():
         return
-    # A study from before there were other kernels ran on torch.
-    before = {"backends": {}, **Study(folder).data.get("identity", {})}
+    # A study from before there were other kernels, or rungs, had none.
+    rungs = dataclasses.asdict(RungsConfig())
+    before = {"backends": {}, "rungs": rungs, **Study(folder).data.get("identity", {})}
     changes = list(_differences(before, now))
     if changes:
         shown = "\n".join(f"  {change}" for change in changes[:8])

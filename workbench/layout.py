@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,11 @@ class Block:
 
     def __hash__(self) -> int:
         return hash((self.layer, canonical_json(self.config), self.quantizer))
+
+    @cached_property
+    def canonical(self) -> str:
+        """Its canonical JSON."""
+        return canonical_json(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {"layer": self.layer, "config": dict(self.config)}
@@ -120,10 +126,17 @@ class Layout:
         if self.logits_scaling == 0:
             raise FieldError("logits_scaling", "must not be 0")
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """12 hex digits of the canonical JSON: equal layouts, equal hashes, on any machine."""
-        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:12]
+        blocks = ",".join([block.canonical for block in self.blocks])
+        rest = canonical_json({**self._own(), "format": FORMAT})
+        text = f'{{"blocks":[{blocks}],{rest[1:]}'  # "blocks" sorts before all others
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _own(self) -> dict[str, Any]:
+        """Every field but the blocks."""
+        return {name: getattr(self, name) for name in FIELDS}
 
     def replace(self, **changes: Any) -> Layout:
         """A copy with some fields changed."""
@@ -207,6 +220,9 @@ class Layout:
             raise WorkbenchError(f"cannot read the layout file {path}: {error}") from None
         except WorkbenchError as error:
             raise WorkbenchError(f"{path}: {error}") from None
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Layout) if field.name != "blocks")
 
 
 def canonical_json(data: Any) -> str:

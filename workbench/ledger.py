@@ -3,61 +3,136 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import secrets
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
 
 from workbench import storage
+from workbench.claims import Claims
 from workbench.errors import WorkbenchError
 from workbench.files import read_json, write_json
+from workbench.parents import Parent
 from workbench.records import Objective, Study, Trial
+from workbench.storage_patience import PARENT
+from workbench.storage_url import Store, default_url, redacted
 from workbench.verdict import Verdict
 
-JUDGED = ("complete", "diverged", "out_of_memory", "timeout", "crashed", "error")
+JUDGED = ("complete", "stopped", "diverged", "out_of_memory", "timeout", "crashed", "error")
 FAULTS = ("crashed", "interrupted")  # not the layout's doing: runs again
+UNSETTLED = ("running", "paused")  # some process is at it, or was
 UNBUILDABLE = "buildable"  # the constraint that an impossible combination violates
 
 
+def _silent(message: str) -> None:
+    """Tells nobody."""
+
+
 class Ledger:
-    """Records and storage of one study, kept in step. Only one process may hold one.
+    """Records and storage of one study, kept in step. Every parent of the study holds one.
+
+    Args:
+        folder: the study's.
+        parent: of this process (`parents.joined`).
+        store: where Optuna's storage is.
+        notice: is told of the study as a whole, such as that its storage is away.
 
     Attributes:
-        judged: trials that count towards the budget.
+        judged: trials that count towards the budget, whoever ran them.
         known: layout hash → number of the trial that judged it.
         stale: how many of the last suggestions held nothing new.
+        elsewhere: numbers of the trials that other parents have in flight.
+        claims: on layouts.
     """
 
-    def __init__(self, folder: Path, objectives: tuple[Objective, ...], retries: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        objectives: tuple[Objective, ...],
+        retries: int,
+        *,
+        parent: Parent,
+        store: Store = storage.DEFAULT,
+        notice: Callable[[str], None] = _silent,
+    ) -> None:
         self.folder = folder
         self.objectives = objectives
         self.retries = retries
+        self.parent = parent
+        self.store = store
+        self.notice = notice
         self.judged = 0
         self.known: dict[str, int] = {}
         self.stale = 0
+        self.elsewhere: set[int] = set()
+        self.claims = Claims(folder, parent, self._holds)
+        self._settled: set[int] = set()
+        self._seen: dict[int, tuple[int, int]] = {}  # unsettled records: time and size as read
 
     def open(self, name: str, facts: dict[str, Any]) -> bool:
-        """Open or make the study; end what an earlier run left unfinished. True if it was there.
+        """Open or make the study; end what dead parents left unfinished. True if it was there.
 
         Raises:
             WorkbenchError: the storage cannot be opened, or is not the one of these records.
         """
-        resumed = (self.folder / "study.json").exists()
-        self.optuna = storage.open_storage(self.folder, name, self.objectives)
-        self._refuse_strange_storage()
-        write_json(self.folder / "study.json", {"name": name, **facts})
-        self._reconcile()
-        for trial in Study(self.folder).trials():
-            self._count(trial)
-        return resumed
+        with self.parent.exclusive():
+            before = self._before()
+            self._refuse_other_store(before)
+            backend = storage.connect(self.store, self.folder, self.parent, self.notice)
+            identity = self._identity(before, storage.find_study(backend, name), name)
+            place = {"storage": self.store.shown, "storage_id": identity}
+            write_json(self.folder / "study.json", {"name": name, **place, **facts})
+            self.optuna = storage.open_study(backend, name, self.objectives, identity)
+            self.reconcile()
+        self.refresh()
+        return bool(before)
+
+    def refresh(self) -> None:
+        """Count what other parents recorded since; take over what dead ones left."""
+        if self.parent.dead():
+            self.reconcile()
+        folder = self.folder / "trials"
+        names = os.listdir(folder) if folder.exists() else ()
+        for number in sorted(int(name) for name in names if name.isdigit()):
+            if number not in self._settled and number not in self.parent.in_flight:
+                self._look_at(number)
+
+    def _look_at(self, number: int) -> None:
+        try:
+            status = (self.path(number) / "trial.json").stat()
+        except FileNotFoundError:
+            return  # its folder is made before its record
+        stamp = (status.st_mtime_ns, status.st_size)
+        if self._seen.get(number) == stamp:
+            return
+        trial = self._read(number)
+        if trial.outcome in UNSETTLED:
+            self.elsewhere.add(number)
+        if trial.outcome in (*UNSETTLED, "damaged"):
+            self._seen[number] = stamp
+        else:
+            self._settle_count(trial)
+
+    def _settle_count(self, trial: Trial) -> None:
+        self._seen.pop(trial.number, None)
+        self.elsewhere.discard(trial.number)
+        self._settled.add(trial.number)
+        self._count(trial)
 
     def start(self, trial: optuna.Trial, **facts: Any) -> dict[str, Any]:
         """Write the first record of a trial and return it."""
+        self.parent.in_flight.add(trial.number)
+        self.parent.asking = False
         record = {
             "number": trial.number,
             "outcome": "running",
+            "parent": self.parent.id,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "retry_of": trial.user_attrs.get(storage.RETRY_OF),
             "attempt": trial.user_attrs.get(storage.ATTEMPT, 0),
@@ -105,7 +180,8 @@ class Ledger:
         frozen = self.optuna.get_trials(deepcopy=False)[record["number"]]
         self._settle(frozen, record)
         done = Study(self.folder).trial(record["number"])
-        self._count(done)
+        self.parent.in_flight.discard(done.number)
+        self._settle_count(done)
         return done
 
     def path(self, number: int) -> Path:
@@ -127,9 +203,7 @@ class Ledger:
             storage.enqueue_retry(self.optuna, frozen, params, attempt)
         elif record["outcome"] not in FAULTS:
             self._sweep(record["number"])
-        state = TrialState.PRUNED if outcome == "infeasible" else TrialState.FAIL
-        if record.get("values") is not None:
-            state = TrialState.COMPLETE
+        state = state_of(record)
         constraints = record.get("constraints", {})
         storage.tell(self.optuna, frozen, state, record.get("values"), constraints)
 
@@ -140,47 +214,145 @@ class Ledger:
                 path.unlink()
 
     def _count(self, trial: Trial) -> None:
-        trained = "training" in trial.data.get("stage_seconds", {})
-        reached_worker = trained or "measured" in trial.data.get("stage_seconds", {})
-        final = trial.outcome in JUDGED and trial.data.get("given_up", True)
-        if final or (trial.outcome == "infeasible" and trained):
+        if is_judged(trial):
             self.judged += 1
             self.stale = 0
         elif trial.outcome in ("infeasible", "duplicate"):
             self.stale += 1
-        if "layout_hash" in trial.data and (
-            final or (trial.outcome == "infeasible" and reached_worker)
-        ):
+        if "layout_hash" in trial.data and settles_layout(trial):
             self.known.setdefault(trial.data["layout_hash"], trial.number)
 
-    def _refuse_strange_storage(self) -> None:
-        known = len(self.optuna.get_trials(deepcopy=False))
-        strangers = [t.number for t in Study(self.folder).trials()] if self._has_records() else []
-        if strangers and max(strangers) >= known:
+    def _holds(self, number: int) -> bool:
+        """Whether a trial that claimed a layout is at it still, or has judged it."""
+        if number in self.parent.in_flight:
+            return True
+        trial = self._read(number)
+        if trial.outcome in UNSETTLED:
+            owner = trial.data.get("parent")
+            return owner not in (None, self.parent.id) and self.parent.alive(owner)
+        return settles_layout(trial)
+
+    def _read(self, number: int) -> Trial:
+        """A trial's record as it stands; one that cannot be read counts for nothing."""
+        name, path = self.folder.name, self.path(number)
+        try:
+            trial = Trial(name, path)
+        except WorkbenchError as error:
+            return Trial.damaged(name, path, str(error))
+        lacking = [o.name for o in self.objectives if o.name not in trial.metrics]
+        if trial.outcome == "complete" and lacking:
+            return Trial.damaged(name, path, f"it lacks {', '.join(lacking)}")
+        return trial
+
+    def _before(self) -> dict[str, Any]:
+        """What `study.json` says; nothing if this study is new."""
+        path = self.folder / "study.json"
+        return Study(self.folder).data if path.exists() else {}
+
+    def _refuse_other_store(self, before: dict[str, Any]) -> None:
+        then, now = before.get("storage"), self.store.shown
+        if not before or self._same_place(then, now):
+            return
+        advice = (
+            "Its default is wanted: leave --storage, WORKBENCH_STORAGE and runtime.storage away."
+            if then is None
+            else f"Give it again (with its password): --storage or WORKBENCH_STORAGE, {then}."
+        )
+        raise WorkbenchError(
+            f"the study in {self.folder} keeps its trials in {then or 'its own optuna.db'}, not in "
+            f"{now or 'its own optuna.db'}. {advice}"
+        )
+
+    def _same_place(self, then: str | None, now: str | None) -> bool:
+        """Passwords and users may change, and a file's folder may be named."""
+        own = redacted(default_url(self.folder.resolve()))
+        return _place(then or own) == _place(now or own)
+
+    def _identity(self, before: dict[str, Any], found: optuna.Study | None, name: str) -> str:
+        """What ties these records to the study in the storage.
+
+        Raises:
+            WorkbenchError: the storage has another study of this name, or lost this one's trials.
+        """
+        # Records before the storage: another process may be adding a trial.
+        strangers = [int(path.name) for path in (self.folder / "trials").glob("[0-9]*")]
+        there = None if found is None else found.user_attrs.get(storage.IDENTITY)
+        here = before.get("storage_id")
+        known = 0 if found is None else len(found.get_trials(deepcopy=False))
+        # Its own file is ours whatever it lacks; elsewhere only what a killed process just began.
+        ours = None in (here, there) if self.store.url is None else there is None and not known
+        if found is not None and there != here and not ours:
             raise WorkbenchError(
-                f"{self.folder} has records of trials up to {max(strangers)}, and its optuna.db "
+                f"the storage {self.store.shown or self.folder / 'optuna.db'} holds another study "
+                f"{name!r}, whose records are not in {self.folder}: give the study another name, "
+                "or --runs the folder that it was started in."
+            )
+        if before and strangers and max(strangers) >= known:
+            raise WorkbenchError(
+                f"{self.folder} has records of trials up to {max(strangers)}, and its storage "
                 f"knows {known}: the storage was lost or replaced. Put it back, or move the folder "
                 "away to start anew."
             )
+        return str(there or here or secrets.token_hex(8))
 
-    def _has_records(self) -> bool:
-        return (self.folder / "study.json").exists()
+    def reconcile(self) -> None:
+        """End trials whose parent is gone: they are recorded, and run again."""
+        with self.parent.exclusive():
+            dead = self.parent.dead()
+            for frozen in storage.unfinished(self.optuna):
+                owner = frozen.user_attrs.get(PARENT)
+                mine = owner == self.parent.id and frozen.number in self.parent.in_flight
+                theirs = owner not in (None, self.parent.id) and self.parent.alive(owner)
+                if not mine and not theirs:
+                    self._end(frozen)
+            self.parent.forget(dead)
 
-    def _reconcile(self) -> None:
-        """End trials that a dead run left running: they are recorded, and run again."""
-        for frozen in storage.unfinished(self.optuna):
-            path = self.path(frozen.number) / "trial.json"
-            record = read_json(path) if path.exists() else {"number": frozen.number}
-            if record.get("outcome") in (None, "running"):
-                record.update(
-                    outcome="interrupted",
-                    reason="its study's process ended",
-                    params=frozen.params,
-                    retry_of=frozen.user_attrs.get(storage.RETRY_OF),
-                    attempt=frozen.user_attrs.get(storage.ATTEMPT, 0),
-                )
-                self.write(record)
-            self._settle(frozen, record)
+    def _end(self, frozen: FrozenTrial) -> None:
+        """End a trial that nobody is at any more."""
+        path = self.path(frozen.number) / "trial.json"
+        record = read_json(path) if path.exists() else {"number": frozen.number}
+        if record.get("outcome") in (None, *UNSETTLED):
+            record.update(
+                outcome="interrupted",
+                reason="its study's process ended",
+                params=frozen.params,
+                retry_of=frozen.user_attrs.get(storage.RETRY_OF),
+                attempt=frozen.user_attrs.get(storage.ATTEMPT, 0),
+            )
+            self.write(record)
+        self._settle(frozen, record)
+
+
+def state_of(record: dict[str, Any]) -> TrialState:
+    """What Optuna is told of a final record.
+
+    Of a trial that was stopped at a rung no values: those of a rung would break TPE.
+    """
+    if record.get("values") is not None:
+        return TrialState.COMPLETE
+    outcome = record.get("duplicate_outcome") or record["outcome"]
+    return TrialState.PRUNED if outcome in ("infeasible", "stopped") else TrialState.FAIL
+
+
+def is_judged(trial: Trial) -> bool:
+    """Whether a trial counts towards the budget."""
+    trained = "training" in trial.data.get("stage_seconds", {})
+    return _is_final(trial) or (trial.outcome == "infeasible" and trained)
+
+
+def settles_layout(trial: Trial) -> bool:
+    """Whether nobody need judge a trial's layout again."""
+    reached = {"training", "measured"} & set(trial.data.get("stage_seconds", {}))
+    return _is_final(trial) or (trial.outcome == "infeasible" and bool(reached))
+
+
+def _is_final(trial: Trial) -> bool:
+    return trial.outcome in JUDGED and bool(trial.data.get("given_up", True))
+
+
+def _place(shown: str) -> tuple[Any, ...]:
+    parsed = make_url(shown)
+    return parsed.get_backend_name(), parsed.host, parsed.port, parsed.database, parsed.query
 
 
 def objectives_of(metrics: dict[str, Any], names: tuple[str, ...]) -> tuple[Objective, ...]:

@@ -33,6 +33,8 @@ class Metric(ABC):
             `"measured"` on the built model, untrained; `"trained"` after training, weights as
             trained; `"quantized"` after training on the weights as they will be stored.
         label: one line for people.
+        at_rungs: whether a figure of the quantized stage may also be had, at a rung, of the partly
+            trained and unquantized model, to compare it with other trials' there.
     """
 
     Config: ClassVar[type] = NoConfig
@@ -40,6 +42,7 @@ class Metric(ABC):
     direction: ClassVar[Literal["minimize", "maximize"]] = "minimize"
     stage: ClassVar[Stage]
     label: ClassVar[str] = ""
+    at_rungs: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 OUTCOMES = {
     "complete": "judged in every stage",
     "duplicate": "the same layout as an earlier trial, whose figures it reuses",
+    "stopped": "another trial dominated it at a rung; not trained to the end",
     "infeasible": "violates a constraint or cannot be built; rejected before its dear stages",
     "diverged": "its loss became NaN or infinite",
     "out_of_memory": "needed more memory than there is",

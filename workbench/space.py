@@ -104,6 +104,17 @@ class Space:
         }
         for name, source in self._dims.items():
             _refuse_below_one(f"space.{name}", source)
+        # Everything but width and blocks, checked once.
+        self._layout = Layout.from_dict(
+            {
+                "d_model": 1,
+                "vocab_size": vocab_size,
+                "blocks": [{"layer": config.mixers[0]}],
+                "tie_embeddings": config.tie_embeddings,
+                "norm": config.norm,
+                "norm_eps": config.norm_eps,
+            }
+        )
         offered = [name for name in (*config.mixers, *config.mlps) if name != NONE]
         self._layers = {
             name: self._sources(builder.layers, name, config.layers, "layers", searched=False)
@@ -259,21 +270,13 @@ class Space:
             name: self._config(trial, name, self._layers[name]) for name in used if name != NONE
         }
         quantizer = self._quantizer(trial)
-        blocks = [
-            Block(layer=name, config=layers[name], quantizer=quantizer)
-            for mixer in mixers
-            for name in (mixer, mlp)
-            if name != NONE
-        ]
-        layout = Layout.from_dict(
-            {
-                "d_model": d_model,
-                "vocab_size": self.vocab_size,
-                "blocks": [block.to_dict() for block in blocks],
-                "tie_embeddings": self.config.tie_embeddings,
-                "norm": self.config.norm,
-                "norm_eps": self.config.norm_eps,
-            }
+        block = {
+            name: Block(layer=name, config=config, quantizer=quantizer)
+            for name, config in layers.items()
+        }
+        layout = self._layout.replace(
+            d_model=d_model,
+            blocks=tuple(block[name] for mixer in mixers for name in (mixer, mlp) if name != NONE),
         )
         return self.builder.resolve(layout)
 

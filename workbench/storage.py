@@ -1,4 +1,4 @@
-"""Optuna's side of a study: storage, sampler, ask and tell. One process writes."""
+"""Optuna's side of a study: storage, sampler, ask and tell."""
 
 from __future__ import annotations
 
@@ -13,47 +13,135 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from workbench.errors import FieldError, WorkbenchError
+from workbench.parents import Parent
 from workbench.records import Objective
+from workbench.storage_patience import (
+    PARENT,
+    Notice,
+    PatientStorage,
+    first_line,
+    recognise_passing,
+)
+from workbench.storage_url import Store, default_url, redacted, scrubbed
 
 DEFAULT_SAMPLER = "optuna.samplers.TPESampler"
 DEFAULT_ARGUMENTS = {"multivariate": True, "group": True}
 RETRY_OF = "retry_of"
 ATTEMPT = "attempt"
 SUGGESTION = "suggestion"
+IDENTITY = "workbench:study"
 STALE = 10
+DEFAULT = Store()
+UNREACHED = (
+    ". Check its host, port, user, password and database; nothing was changed. --storage or "
+    "WORKBENCH_STORAGE gives another."
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 # Ctrl-C in the middle of a query: SQLAlchemy would log the traceback and then raise it anyway.
 logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)
 
 
-def open_storage(folder: Path, name: str, objectives: tuple[Objective, ...]) -> optuna.Study:
-    """The study in `folder/optuna.db`, made if it is not there.
+def connect(store: Store, folder: Path, parent: Parent, notice: Notice) -> PatientStorage:
+    """The storage of the study in `folder`, with its tables; nothing of the study is in it yet.
+
+    Args:
+        store: where; None for `optuna.db` in the folder.
+        notice: is told when the storage goes away and when it is back.
 
     Raises:
-        WorkbenchError: the storage cannot be opened, or holds a study of other directions.
+        WorkbenchError: it cannot be reached or opened: at once, and without its password.
     """
-    url = f"sqlite:///{folder / 'optuna.db'}"
+    url = store.url or default_url(folder)
     try:
-        study = optuna.create_study(
-            study_name=name,
-            storage=url,
-            directions=[StudyDirection[objective.direction.upper()] for objective in objectives],
-            load_if_exists=True,
-        )
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        try:
+            backend = _opened(url)
+        except SQLAlchemyError as error:
+            if not _made_meanwhile(error):
+                raise
+            backend = _opened(url)
+    except ImportError:
         raise WorkbenchError(
-            f"cannot open the storage {folder / 'optuna.db'}: {_first_line(error)}"
+            f"the storage {redacted(url)} needs a driver that is not installed: "
+            "pip install 'lm-workbench[postgresql]'"
         ) from None
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        raise WorkbenchError(
+            f"cannot open the storage {redacted(url)}: {_said(error, url)}"
+            f"{'' if store.url is None else UNREACHED}"
+        ) from None
+    recognise_passing(backend.engine)
+    parent.closing.callback(backend.engine.dispose)
+    parent.closing.callback(backend.remove_session)
+    cached = optuna.storages.get_storage(backend)
+    return PatientStorage(cached, store.patience, notice, parent)
+
+
+def _opened(url: str) -> RDBStorage:
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna takes a format string
+    return RDBStorage(template, engine_kwargs=_engine_arguments(url))
+
+
+def _made_meanwhile(error: SQLAlchemyError) -> bool:
+    """Whether another process was making the same tables of a new database."""
+    return isinstance(error, IntegrityError) or "already exists" in str(error)
+
+
+def _engine_arguments(url: str) -> dict[str, Any]:
+    """Connections that notice soon when the other side is gone."""
+    if url.startswith("sqlite"):
+        # Longer waits are the patience's, which Ctrl-C can interrupt.
+        return {"connect_args": {"timeout": 10}}
+    limits = {
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "tcp_user_timeout": 60_000,
+    }
+    asked = make_url(url).query
+    arguments = {name: value for name, value in limits.items() if name not in asked}
+    return {"pool_pre_ping": True, "connect_args": arguments}
+
+
+def find_study(backend: PatientStorage, name: str) -> optuna.Study | None:
+    """The study that the storage has under a name."""
+    try:
+        return optuna.load_study(study_name=name, storage=backend)
+    except KeyError:
+        return None
+
+
+def open_study(
+    backend: PatientStorage, name: str, objectives: tuple[Objective, ...], identity: str
+) -> optuna.Study:
+    """A study in the storage, made if it is not there.
+
+    Args:
+        identity: of the study's folder: what tells it from another folder's of the same name.
+
+    Raises:
+        WorkbenchError: it has other directions.
+    """
+    study = optuna.create_study(
+        study_name=name,
+        storage=backend,
+        directions=[StudyDirection[objective.direction.upper()] for objective in objectives],
+        load_if_exists=True,
+    )
     directions = [direction.name.lower() for direction in study.directions]
     if directions != [objective.direction for objective in objectives]:
-        raise WorkbenchError(f"{folder / 'optuna.db'} holds a study of other objectives.")
+        raise WorkbenchError(f"the storage holds a study {name!r} of other objectives.")
+    if study.user_attrs.get(IDENTITY) != identity:
+        study.set_user_attr(IDENTITY, identity)
     with _experimental():
         study.set_metric_names([objective.name for objective in objectives])
     return study
@@ -68,23 +156,25 @@ def _experimental() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reporting_failures(folder: Path) -> Iterator[None]:
-    """Turn the storage's own failures (a full disk, a locked database) into a message.
+def reporting_failures(folder: Path, store: Store = DEFAULT) -> Iterator[None]:
+    """Turn the storage's own failures (a full disk, a server that stays away) into a message.
 
     Raises:
         WorkbenchError: what the storage said, and that resuming is safe.
     """
+    url = store.url or default_url(folder)
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+    except (StorageInternalError, SQLAlchemyError) as error:
+        # Not chained: a database's error may hold what it was asked to connect to.
         raise WorkbenchError(
-            f"the storage {folder / 'optuna.db'} failed: {_first_line(error)}. Nothing "
-            "recorded is lost: mend the cause (disk space, permissions) and run it again."
-        ) from error
+            f"the storage {redacted(url)} failed: {_said(error, url)}. Nothing recorded is lost: "
+            "mend the cause (disk space, permissions, the server) and run it again."
+        ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error.__cause__ or error).splitlines()[0]
+def _said(error: BaseException, url: str) -> str:
+    return scrubbed(first_line(error.__cause__ or error), url)
 
 
 def make_sampler(table: Mapping[str, Any], seed: int) -> BaseSampler:
@@ -139,17 +229,21 @@ def ask(study: optuna.Study, table: Mapping[str, Any], seed: int, stale: int = 0
     """
     if stale >= STALE:
         table = {"class": "optuna.samplers.RandomSampler"}
-    trials = study.get_trials(deepcopy=False)
-    waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
-    if waiting is not None:
-        number = int(waiting.user_attrs[SUGGESTION])
-    else:
-        number = sum(RETRY_OF not in trial.user_attrs for trial in trials)
-    study.sampler = make_sampler(table, derived_seed(seed, number))
-    asked = study.ask()
-    if waiting is None:
-        asked.set_user_attr(SUGGESTION, number)
-    return asked
+    backend = study._storage
+    assert isinstance(backend, PatientStorage)
+    # One parent at a time: or two would count the same suggestions, and draw the same one.
+    with backend.parent.exclusive():
+        trials = study.get_trials(deepcopy=False)
+        waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+        if waiting is not None:
+            number = int(waiting.user_attrs[SUGGESTION])
+            backend.set_trial_user_attr(waiting._trial_id, PARENT, backend.parent.id)
+        else:
+            number = sum(RETRY_OF not in trial.user_attrs for trial in trials)
+            backend.attributes = {SUGGESTION: number}
+        study.sampler = make_sampler(table, derived_seed(seed, number))
+        backend.parent.asking = True
+        return study.ask()
 
 
 def tell(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +14,13 @@ from typing import Annotated, Any
 from workbench import config as configs
 from workbench.errors import FieldError, UnknownNameError, WorkbenchError
 from workbench.space import SpaceConfig
+from workbench.storage_url import PATIENCE, has_password
 
+EXECUTORS = {  # the modules of executors, by the name that `[runtime] executor` gives
+    "process": "workbench.executors.process",
+    "inline": "workbench.executors.inline",
+    "ray": "workbench.executors.ray",
+}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -46,22 +53,75 @@ class RuntimeConfig:
     """The `[runtime]` table: where a study runs, and on whose kernels (`workbench.kernels`)."""
 
     device: Annotated[str, "auto, cpu, cuda or cuda:N"] = "auto"
-    threads: Annotated[int | None, "CPU threads of a worker; all cores by default"] = None
-    executor: Annotated[str, "process: a worker process; inline: this process (to debug)"] = (
+    threads: Annotated[int | None, "CPU threads of a worker; by default all share the cores"] = None
+    executor: Annotated[str, "process: on this machine; ray: a cluster; inline: to debug"] = (
         "process"
     )
+    workers: Annotated[int | None, "trials at a time; by default 1 on CPU, or one a device"] = None
+    address: Annotated[str | None, "of a Ray cluster: auto, host:port or ray://host:port"] = None
+    storage: Annotated[str | None, "URL of Optuna's storage, without a password"] = None
+    storage_patience: Annotated[float, "seconds that a storage may be away"] = PATIENCE
     backends: Annotated[dict[str, str], "operation = backend, on a CUDA device"] = (
         dataclasses.field(default_factory=dict)
     )
 
     def __post_init__(self) -> None:
+        if self.storage is not None and has_password(self.storage):
+            raise FieldError(
+                "storage",
+                "a study's file is no place for a password: give the URL by WORKBENCH_STORAGE or "
+                "--storage, or leave the password to ~/.pgpass",
+            )
+        if self.storage_patience < 0:
+            raise FieldError(
+                "storage_patience", f"must not be negative, got {self.storage_patience}"
+            )
         for name, backend in self.backends.items():
             if not isinstance(backend, str):
                 raise FieldError(f"backends.{name}", f"expected a backend's name, got {backend!r}")
-        if self.executor not in ("process", "inline"):
-            raise UnknownNameError("executor", self.executor, ("process", "inline"))
-        if self.threads is not None and self.threads < 1:
-            raise FieldError("threads", f"must be at least 1, got {self.threads}")
+        if self.executor not in EXECUTORS:
+            raise UnknownNameError("executor", self.executor, EXECUTORS)
+        for name in ("threads", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FieldError(name, f"must be at least 1, got {value}")
+        if self.address is not None and self.executor != "ray":
+            raise FieldError("address", "is of a Ray cluster: it needs executor = 'ray'")
+
+    def threads_on(self, device: str) -> int:
+        """CPU threads of each worker: as many as given, or its share of the cores.
+
+        A Ray worker has one, as clusters count CPUs; a process that feeds a GPU may use them all.
+        """
+        if self.threads is not None:
+            return self.threads
+        cores = os.cpu_count() or 1
+        if device.startswith("cuda"):
+            return cores
+        return 1 if self.executor == "ray" else max(1, cores // (self.workers or 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RungsConfig:
+    """The `[rungs]` table: where trainings pause, and which of them go on.
+
+    At a rung a trial goes on unless a trial that was there before it dominates it (`rungs`).
+    """
+
+    at: Annotated[tuple[float, ...], "shares of the training steps, ascending; none: no rungs"] = ()
+    margin: Annotated[float, "by what share a peer must be better in what training yields"] = 0.0
+    min_peers: Annotated[int, "trials that must have reached a rung before any is stopped"] = 1
+
+    def __post_init__(self) -> None:
+        for index, share in enumerate(self.at):
+            if not 0 < share < 1:
+                raise FieldError(f"at[{index}]", f"is a share between 0 and 1, got {share}")
+        if list(self.at) != sorted(set(self.at)):
+            raise FieldError("at", f"must be ascending, got {list(self.at)}")
+        if self.margin < 0:
+            raise FieldError("margin", f"must not be negative, got {self.margin}")
+        if self.min_peers < 1:
+            raise FieldError("min_peers", f"must be at least 1, got {self.min_peers}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +149,7 @@ class StudyConfig:
         report: metrics recorded beside them.
         constraints: bounds by metric name.
         metrics: Config values by metric name.
-        space, training, budget, runtime: the tables of those names.
+        space, training, budget, runtime, rungs: the tables of those names.
         data: `source` names a data source, the other keys are its Config.
         sampler: `class` is an import string of an Optuna sampler, the other keys its arguments.
         seed: of weights, data order and sampler.
@@ -109,6 +169,7 @@ class StudyConfig:
     metrics: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
+    rungs: RungsConfig = dataclasses.field(default_factory=RungsConfig)
     plugin_dirs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -155,6 +216,7 @@ class StudyConfig:
             ("space", SpaceConfig),
             ("budget", BudgetConfig),
             ("runtime", RuntimeConfig),
+            ("rungs", RungsConfig),
         ):
             if name in values:
                 values[name] = _table(kind, values[name], name)

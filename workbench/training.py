@@ -68,30 +68,38 @@ def train(
     *,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    stop: int | None = None,
 ) -> TrainingResult:
-    """Train `model` in place, to the end of the budget.
+    """Train `model` in place, to the end of the budget or to a stop on the way.
+
+    A run that was stopped goes on from its checkpoint as if it had not been.
 
     Args:
         checkpoint: where the run saves itself, and continues from if the file is there; left in
             place at the end for the caller to delete.
         progress: called with each recorded point of the curve.
+        stop: the number of steps after which the run saves itself and stops; None for the end.
 
     Raises:
         DivergedError: a loss that is NaN or infinite.
-        WorkbenchError: the checkpoint is of another run, or cannot be written.
+        WorkbenchError: the checkpoint is of another run, past the stop, or cannot be written.
     """
     run = _Run(model, data, config)
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
+    if stop is not None and run.step > stop:
+        raise WorkbenchError(f"checkpoint {checkpoint} is past step {stop}: delete it")
     model.train()
     saved = time.monotonic()
-    for point in run.steps():
+    for point in run.steps(config.steps if stop is None else stop):
         if point and progress is not None:
             progress(point)
         due = config.checkpoint_seconds and time.monotonic() - saved >= config.checkpoint_seconds
         if checkpoint is not None and due:
             run.save(checkpoint)
             saved = time.monotonic()
+    if checkpoint is not None and stop is not None:
+        run.save(checkpoint)
     model.eval()
     return TrainingResult(
         curve=run.curve,
@@ -124,11 +132,12 @@ class _Run:
         self.seconds = self.preparing_seconds = 0.0
         self.curve: list[dict[str, float]] = []
 
-    def steps(self) -> Iterator[dict[str, float] | None]:
-        """Run to the end, a step an iteration; yields the point of the curve where one is due."""
+    def steps(self, end: int) -> Iterator[dict[str, float] | None]:
+        """Run up to step `end`, a step an iteration; yields the point of the curve where one is."""
         config, device = self.config, self.model.device
         tokens = config.batch_size * config.seq_len
-        batches = upcoming_batches(self.data, config, self.step, pin=device.type == "cuda")
+        on_cuda = device.type == "cuda"
+        batches = upcoming_batches(self.data, config, self.step, end=end, pin=on_cuda)
         with self.train_step.running(), contextlib.closing(batches):
             started = time.perf_counter()  # making batches counts, or waiting for them
             for batch in batches:

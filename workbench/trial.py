@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,17 +27,20 @@ from workbench.data import DataSource
 from workbench.environment import environment
 from workbench.errors import FieldError, WorkbenchError
 from workbench.files import make_folder, replacing
-from workbench.guard import Guard, describe_changes, guarded
+from workbench.guard import guarded
 from workbench.kernel_caches import use_kernel_caches
-from workbench.layout import Layout, canonical_json
+from workbench.layout import Layout
 from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
 from workbench.quantizer import QuantizationReport
+from workbench.rungs import measure_rung, rung_metrics
 from workbench.study_config import StudyConfig
 from workbench.training import DivergedError, TrainingConfig, load_weights, save_weights, train
-from workbench.verdict import InfeasibleError, Recorded, Timed, Verdict
+from workbench.trial_guard import TrialGuard
+from workbench.verdict import PAUSED, InfeasibleError, Recorded, Timed, Verdict
 
 Emit = Callable[[dict[str, Any]], None]
+RUNG_STAGES = ("training", "rungs")  # what the seconds of a rung are made of
 PHASES = ("building", "measuring", "training", "evaluating", "quantizing")
 
 
@@ -64,7 +66,7 @@ class Workplace:
         with guarded("a metric or the data source of this study", builder.plugins.packages):
             self.metrics = make_metrics(config, builder)
             self.data = make_data(config, builder, cache_dir)
-        self.threads = config.runtime.threads or os.cpu_count() or 1
+        self.threads = config.runtime.threads_on(device)
         self._constructed: set[tuple[str, str]] = set()  # seen to allocate nothing on meta
 
     def probe(self) -> None:
@@ -93,7 +95,7 @@ class Workplace:
         Raises:
             FaultyLayerError: names the block and its tensor.
         """
-        seen = {(block.layer, canonical_json(block.config)) for block in layout.blocks}
+        seen = {(block.layer, repr(block.config)) for block in layout.blocks}
         if not seen <= self._constructed:
             sanity.check_construction(self.builder.build(layout, device="meta"))
             self._constructed |= seen
@@ -141,15 +143,35 @@ def make_data(config: StudyConfig, builder: Builder, cache_dir: Path) -> DataSou
 def judge_static(place: Workplace, layout: Layout, folder: Path) -> Verdict:
     """The static stage: figures that the layout alone yields, and its constraints."""
     verdict = Verdict()
-    guard = _Guarded(verdict, place, layout)
+    guard = TrialGuard(verdict, place.builder, layout)
     with stray_output.apart(), guard, Recorded(verdict, folder), Timed(verdict, "static"):
-        place.check_construction(layout)
-        _measure(place, "static", place.subject(layout), verdict)
+        static_figures(place, layout, verdict)
     return verdict
 
 
-def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict:
+def static_figures(place: Workplace, layout: Layout, verdict: Verdict) -> None:
+    """The static stage without its guards: for many layouts in a row.
+
+    Raises:
+        FaultyLayerError, InfeasibleError: the layout goes no further.
+    """
+    place.check_construction(layout)
+    _measure(place, "static", place.subject(layout), verdict)
+
+
+def judge(
+    place: Workplace,
+    layout: Layout,
+    folder: Path,
+    emit: Emit,
+    *,
+    begun: Verdict | None = None,
+    stop: int | None = None,
+) -> Verdict:
     """All stages that need a model; leaves the curve and the weights in `folder`.
+
+    With a `stop` the training pauses there: the verdict is `PAUSED`, with the figures of a rung,
+    and a checkpoint is left from which a later call, `begun` by this verdict, goes on.
 
     Args:
         layout: resolved.
@@ -157,15 +179,22 @@ def judge(place: Workplace, layout: Layout, folder: Path, emit: Emit) -> Verdict
             until the trial's end is recorded.
         emit: called with progress, as JSON data: `phase` (one of `PHASES`), or `progress` (share of
             the training steps done) with `loss` (nats a token).
+        begun: what the call that paused found; what is measured in it is not measured again.
+        stop: the training step to pause after.
     """
-    verdict = Verdict()
+    verdict = dataclasses.replace(begun or Verdict(), outcome="complete", reason="")
     verdict.details["environment"] = environment(place.device)
-    with _Guarded(verdict, place, layout), Recorded(verdict, folder, built=True):
+    with TrialGuard(verdict, place.builder, layout), Recorded(verdict, folder, built=True):
+        before = sum(verdict.stage_seconds.get(stage, 0.0) for stage in RUNG_STAGES)
         _seed(place.config.seed)
-        _judge_measured(place, layout, verdict, emit)
-        model = _train(place, layout, folder, verdict, emit)
+        if begun is None:
+            _judge_measured(place, layout, verdict, emit)
+        model = _train(place, layout, folder, verdict, emit, stop)
         trained = place.subject(layout, model)
         emit({"phase": "evaluating"})
+        if stop is not None:
+            _judge_rung(place, trained, verdict, stop, before)
+            return verdict
         with Timed(verdict, "trained"):
             # Once more: a layer may begin by ignoring what it will learn to look at.
             sanity.check_causality(model, place.training.seq_len)
@@ -215,12 +244,35 @@ def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict, emit: Em
         gc.collect()
 
 
+def _judge_rung(
+    place: Workplace, subject: Subject, verdict: Verdict, step: int, before: float
+) -> None:
+    """Add the figures of a rung to the verdict, and pause it.
+
+    Args:
+        before: seconds that training and earlier rungs had taken.
+    """
+    names = rung_metrics(place.metrics, place.config.objectives)
+    with Timed(verdict, "rungs"):
+        figures = measure_rung(place.metrics, names, subject, step)
+    tokens = step * place.training.batch_size * place.training.seq_len
+    seconds = sum(verdict.stage_seconds[stage] for stage in RUNG_STAGES) - before
+    rung = {"step": step, "tokens": tokens, "metrics": figures, "seconds": seconds}
+    verdict.rungs = [*verdict.rungs, rung]
+    verdict.outcome = PAUSED
+
+
 def _train(
-    place: Workplace, layout: Layout, folder: Path, verdict: Verdict, emit: Emit
+    place: Workplace,
+    layout: Layout,
+    folder: Path,
+    verdict: Verdict,
+    emit: Emit,
+    stop: int | None,
 ) -> HybridLM:
     emit({"phase": "building"})
     model = place.builder.build(layout, device=place.device, seed=place.config.seed)
-    if "measured" not in verdict.stage_seconds:  # nothing has looked at it yet
+    if "measured" not in verdict.stage_seconds and not verdict.rungs:  # nothing has looked at it
         sanity.check_outputs(model, place.training.seq_len)
     half = place.training.precision == "bfloat16"
     verdict.details["backend"] = backends_of(model, half=half)
@@ -229,7 +281,7 @@ def _train(
     emit({"phase": "training"})
     with _timed(verdict, "training"):
         torch.manual_seed(place.config.seed)
-        with curve.open("w", encoding="utf-8") as lines:
+        with curve.open("a" if verdict.rungs else "w", encoding="utf-8") as lines:
 
             def record(point: dict[str, float]) -> None:
                 lines.write(json.dumps(point) + "\n")
@@ -238,7 +290,12 @@ def _train(
 
             try:
                 result = train(
-                    model, place.data, place.training, checkpoint=checkpoint, progress=record
+                    model,
+                    place.data,
+                    place.training,
+                    checkpoint=checkpoint,
+                    progress=record,
+                    stop=stop,
                 )
             except DivergedError as error:
                 raise DivergedError(f"{error}{_culprit(place, model)}") from None
@@ -247,7 +304,8 @@ def _train(
             temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
         verdict.details["training"] = {"mode": result.mode, "note": result.note}
         verdict.details["training_seconds"] = result.seconds
-        save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
+        if stop is None:
+            save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
     return model
 
 
@@ -321,42 +379,6 @@ def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict)
                 violated.append(f"{name} = {value:,.8g} is {limit}")
     if violated:
         raise InfeasibleError("; ".join(violated))
-
-
-class _Guarded:
-    """Puts back what plugins changed of what all share; a trial that did is an error."""
-
-    def __init__(self, verdict: Verdict, place: Workplace, layout: Layout) -> None:
-        self.verdict, self.place, self.layout = verdict, place, layout
-
-    def __enter__(self) -> None:
-        self.guard = Guard(self.place.builder.plugins.packages)
-
-    def __exit__(self, *error: object) -> None:
-        changes = self.guard.restore()
-        if not changes or self.verdict.outcome == "interrupted":
-            return
-        reason = f"{self._who({change.module for change in changes})} {describe_changes(changes)}"
-        if self.verdict.outcome != "complete":
-            reason += f" It also ended as {self.verdict.outcome}: {self.verdict.reason}"
-        self.verdict.outcome, self.verdict.reason = "error", reason
-
-    def _who(self, modules: set[str]) -> str:
-        """Whose code it is, as far as the changes tell, or which layer does it again."""
-        builder = self.place.builder
-        tops = {module.partition(".")[0] for module in modules}
-        for plugin in builder.plugins.loaded.values():
-            if plugin.module.partition(".")[0] in tops:
-                return f"plugin {plugin.plugin!r}"
-        for block in dict.fromkeys(self.layout.blocks):
-            guard = Guard(builder.plugins.packages)
-            # A layer that needs others before it cannot be tried alone; then nobody is named.
-            with contextlib.suppress(BaseException):
-                sanity.check_outputs(builder.build(self.layout.replace(blocks=(block,))), 2)
-            if guard.restore():
-                plugin = builder.layers.provenance(block.layer)
-                return f"layer {block.layer!r} (plugin {plugin.plugin!r})"
-        return "a plugin of this trial"
 
 
 def load_trained(builder: Builder, layout: Layout, weights: Path, device: str = "cpu") -> HybridLM:

@@ -1,4 +1,4 @@
-"""Verdicts: how a trial ended, and what whatever it raised stands for."""
+"""Verdicts: how a trial ended, and what whatever it raised stands for. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from workbench.errors import DiskError, FieldError, WorkbenchError
-from workbench.training import DivergedError
 
+PAUSED = "paused"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,16 +31,18 @@ class Verdict:
         notes: words beside the figures, by name.
         constraints: violation by metric name; above 0 is violated.
         stage_seconds: wall seconds by stage.
+        rungs: what the trial reached on its way: `step`, `tokens`, `metrics` and `seconds` each.
         details: further facts (quantizer reports, environment, kernels, how training ran).
     """
 
-    outcome: str = "complete"
+    outcome: str = "complete"  # or PAUSED, which is no end
     reason: str = ""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     extras: dict[str, float | None] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     constraints: dict[str, float] = dataclasses.field(default_factory=dict)
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    rungs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,6 +53,7 @@ class Verdict:
         self.outcome, self.reason = other.outcome, other.reason
         for name in ("metrics", "extras", "notes", "constraints", "stage_seconds", "details"):
             getattr(self, name).update(getattr(other, name))
+        self.rungs = other.rungs or self.rungs  # a later stage of the same trial knows them all
 
 
 class Timed:
@@ -66,7 +67,8 @@ class Timed:
 
     def __exit__(self, *error: object) -> None:
         seconds = time.perf_counter() - self.started
-        self.verdict.stage_seconds[self.stage] = seconds
+        before = self.verdict.stage_seconds.get(self.stage, 0.0)
+        self.verdict.stage_seconds[self.stage] = before + seconds
 
 
 class Recorded:
@@ -111,6 +113,10 @@ def classify(error: BaseException, *, built: bool = False) -> tuple[str, str]:
         built: the layout has passed every check, so that a FieldError no longer says that it
             cannot be built: a layer, metric or data source fails at its work.
     """
+    import torch  # not for those who only pass verdicts on
+
+    from workbench.training import DivergedError
+
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if isinstance(error, InfeasibleError) or (isinstance(error, FieldError) and not built):
         return "infeasible", str(error)

@@ -19,6 +19,7 @@ class BitsPerByte(Metric):
 
     unit = "bits/byte"
     stage = "quantized"
+    at_rungs = True
     label = "Bits per byte"
 
     def check(self, batch: Batch) -> None:
@@ -47,6 +48,7 @@ class Perplexity(Metric):
 
     unit = "per token"
     stage = "quantized"
+    at_rungs = True
     label = "Perplexity"
 
     def measure(self, subject: Subject) -> float:
@@ -59,6 +61,7 @@ class Accuracy(Metric):
     unit = "share"
     direction = "maximize"
     stage = "quantized"
+    at_rungs = True
     label = "Accuracy"
 
     def measure(self, subject: Subject) -> float:

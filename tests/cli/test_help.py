@@ -14,8 +14,8 @@ from workbench.cli.app import COMMANDS, app
 
 NAMES = [module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS]
 ISSUE = [
-    "run", "show", "describe", "measure", "latency", "train", "export", "generate", "plugins",
-    "new-plugin", "check-plugin", "doctor", "dashboard",
+    "run", "show", "migrate", "describe", "measure", "latency", "train", "export", "generate",
+    "plugins", "new-plugin", "check-plugin", "doctor", "dashboard",
 ]  # fmt: skip
 
 

@@ -149,6 +149,44 @@ def test_a_terminal_shows_the_phase_and_the_step(study: Study) -> None:
     assert max(map(len, shown)) <= 80
 
 
+def test_trials_in_flight_have_a_row_each(study: Study) -> None:
+    told = reporting(study, SILENCE, terminal=True)
+    reporter = told.reporter
+    for number in (3, 4):
+        reporter.trial_started(number, "M-A-")
+    reporter.trial_phase(3, "measuring")
+    reporter.trial_phase(4, "training")
+    reporter.trial_progress(4, 12, 500, 2.5)
+    reporter.trial_progress(4, 13, 500, 2.25)
+    reporter.trial_finished(trial(study, 5, "infeasible", "a.b: 1 is wrong"))  # never started
+    page = Console(file=io.StringIO(), width=80)
+    with page.capture() as capture:
+        page.print(reporter.progress.get_renderable())
+    first, second = capture.get().splitlines()[-2:]
+    assert first.startswith("trial 3")
+    assert "measuring" in first
+    assert second.startswith("trial 4")
+    assert "13/500" in second
+    assert "training, loss 2.250" in second
+    reporter.trial_finished(trial(study, 3, "stopped", "trial 1 dominated it at step 40"))
+    with page.capture() as capture:
+        page.print(reporter.progress.get_renderable())
+    assert "trial 3" not in capture.get()
+    reporter.__exit__(None, None, None)
+
+
+def test_every_trial_in_flight_is_told_of_in_a_file(study: Study) -> None:
+    told = reporting(study, SILENCE)
+    told.reporter.trial_started(3, "M-A-")
+    told.reporter.trial_started(4, "M-A-")
+    told.reporter.trial_phase(4, "training")
+    wait_for(lambda: len(told.lines) > 1)
+    assert [re.sub(r"\d+ s", "s", line) for line in told.lines[:2]] == [
+        "trial   3  starting, s", "trial   4  training, s",
+    ]  # fmt: skip
+    told.reporter.__exit__(None, None, None)
+
+
 def wait_for(condition: Any, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

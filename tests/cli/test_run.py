@@ -36,6 +36,55 @@ def test_run_tells_shows_and_resumes(cli: Cli, toy_study: Path, tmp_path: Path) 
     assert outcomes.count("complete") == 4
 
 
+def test_workers_and_rungs_from_the_command_line(cli: Cli, toy_study: Path) -> None:
+    text = (
+        toy_study.read_text().replace('"inline"', '"process"').replace("trials = 4", "trials = 6")
+    )
+    toy_study.write_text(text + "\n[rungs]\nat = [0.5]\n")
+    result = cli("run", toy_study, "--workers", "1")
+    assert result.status == 0, result.err
+    study = load_study("toys")
+    assert study.data["config"]["runtime"]["workers"] == 1
+    outcomes = study.summary()["outcomes"]
+    assert outcomes["complete"] + outcomes["stopped"] == 6
+    assert re.search(
+        r"^trial +\d+  stopped     trial \d+ dominated it at step 4 \(50%", result.err, flags=re.M
+    )
+    assert f"{outcomes['stopped']} stopped" in result.out
+
+    stopped = next(trial for trial in study.trials() if trial.outcome == "stopped")
+    shown = cli("show", stopped.name).out
+    assert "(another trial dominated it at a rung; not trained to the end)" in shown
+    assert re.search(r"^Rung at step 4 \(50%\): toy_loss \d\.\d+; stopped$", shown, flags=re.M)
+    assert "take a complete trial" in cli("export", stopped.name, "somewhere").refused()
+
+    funnel = cli("show", "toys", "--funnel").out
+    row = rf"^rung 0\.5 +6 +{outcomes['complete']} +{outcomes['stopped']} stopped +\d"
+    assert re.search(row, funnel, flags=re.M), funnel
+    stages = cli("show", "toys", "--funnel", "--json").json["funnel"]
+    assert [stage["name"] for stage in stages] == [
+        "static", "measured", "rung 0.5", "trained", "quantized",
+    ]  # fmt: skip
+    assert stages[-1]["passed"] == outcomes["complete"]
+    assert "workbench show STUDY --funnel" in cli("show", stopped.name, "--funnel").refused()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--workers", "0"), "--workers: must be at least 1"),
+        (("--workers", "2"), "runtime.workers: executor = 'inline' judges one trial at a time"),
+        (("--address", "auto"), "--address: is of a Ray cluster"),
+        (("--executor", "cloud"), "unknown executor 'cloud'"),
+    ],
+)
+def test_executors_that_cannot_be_are_refused(
+    cli: Cli, toy_study: Path, options: tuple[str, ...], words: str
+) -> None:
+    assert words in cli("run", toy_study, *options).refused()
+    assert not Path("runs/toys").exists()
+
+
 def test_what_to_type_next_works(cli: Cli, notes: Path, tmp_path: Path) -> None:
     study = tmp_path / "notes.toml"
     text = notes.parent / "notes.txt"
@@ -78,7 +127,7 @@ CHANGES = {
     "bad name": ('name = "toys"', 'name = "../toys"', "name: '../toys'"),
     "not toml": ("[space]", "[space", "is not TOML"),
     "unknown device": ('device = "cpu"', 'device = "gpu"', "'gpu' is no device"),
-    "unknown executor": ('"inline"', '"ray"', "unknown executor 'ray'"),
+    "unknown executor": ('"inline"', '"rays"', "unknown executor 'rays'. Did you mean 'ray'"),
     "no plugin folder": ("toy_plugins", "no_plugins", "no such folder"),
 }
 

@@ -37,7 +37,7 @@ def write_study(runs: Path, name: str = "tiny", **changes: Any) -> Path:
         "objectives": OBJECTIVES,
         "units": METRICS,
         "stages": STAGES,
-        "config": {"name": name, "space": {"mlps": ["swiglu"]}},
+        "config": {"name": name, "space": {"mlps": ["swiglu"]}, "rungs": {"at": [0.5]}},
         **changes,
     }
     path = runs / name
@@ -109,4 +109,7 @@ def write_zoo(runs: Path) -> Path:
     (failed / "log.txt").write_text("Traceback\nValueError: planted fault\n")
     for number, outcome in enumerate(("out_of_memory", "timeout", "crashed", "interrupted"), 8):
         write_trial(study, number, outcome, reason=f"{outcome} for a test")
+    rung = {"share": 0.5, "step": 10, "seconds": 1.0, "decision": "stop", "metrics": {"loss": 4.5}}
+    reason = "trial 0 dominated it at step 10 (50% of the training)"
+    write_trial(study, 12, "stopped", reason=reason, rungs=[rung])
     return study

@@ -53,6 +53,20 @@ def test_a_button_opens_a_study(zoo, runs, open_page: Open):
     assert app.query_params["study"] == "tiny"
 
 
+def test_a_study_shows_what_came_to_each_stage(zoo, open_page: Open):
+    app = open_page("study", study="tiny")
+    funnel = app.table[0].value
+    assert list(funnel.index)[:1] + list(funnel.index)[-2:] == ["static", "trained", "quantized"]
+    assert funnel.loc["static", "entered"] == 13
+    assert "1 stopped" in funnel.loc["rung 0.5", "left"]
+
+
+def test_a_stopped_trial_shows_its_rungs(zoo, open_page: Open):
+    app = open_page("trial", study="tiny", trial="12")
+    (rungs,) = [frame.value for frame in app.dataframe if "decision" in frame.value]
+    assert rungs.to_dict("records") == [{"step": 10, "loss": 4.5, "decision": "stop"}]
+
+
 def test_the_command_lines_study_opens_first_and_only_then(zoo, runs, open_page: Open, monkeypatch):
     write_study(runs, "other")
     monkeypatch.setenv("WORKBENCH_STUDY", "tiny")
@@ -225,7 +239,7 @@ def test_pickers_lead_to_another_trial_and_study(zoo, runs, open_page: Open):
         ("study", {"study": "tinny"}, "no study 'tinny'"),
         ("study", {"study": "../runs/tiny"}, "no study '../runs/tiny'"),
         ("trial", {"study": "tinny", "trial": "0"}, "There is: other, tiny"),
-        ("trial", {"study": "tiny", "trial": "99"}, "no trial 99: known are 0 to 11"),
+        ("trial", {"study": "tiny", "trial": "99"}, "no trial 99: known are 0 to 12"),
         ("trial", {"study": "tiny", "trial": "-1"}, "'-1' is no trial"),
         ("trial", {"study": "tiny", "trial": "seven"}, "'seven' is no trial"),
     ],
@@ -306,8 +320,8 @@ def test_a_damaged_file_of_a_trial_is_a_message(zoo, open_page: Open, name, cont
 
 
 def test_a_running_trial_shows_the_curve_so_far(zoo, open_page: Open):
-    write_curve(write_trial(zoo, 12, "running"), steps=5)
-    app = open_page("trial", study="tiny", trial="12")
+    write_curve(write_trial(zoo, 13, "running"), steps=5)
+    app = open_page("trial", study="tiny", trial="13")
     tokens = figure_of(app)["data"][0]["x"]
     shown = np.frombuffer(base64.b64decode(tokens["bdata"]), tokens["dtype"])
     assert list(shown) == [512, 1024, 1536, 2048, 2560]

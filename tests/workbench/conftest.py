@@ -41,7 +41,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def soon_exhausted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up on an exhausted space early: each suggestion costs a tenth of a second."""
-    monkeypatch.setattr("workbench.study.MAX_STALE", 30)
+    monkeypatch.setattr("workbench.scheduler.MAX_STALE", 30)
 
 
 @pytest.fixture

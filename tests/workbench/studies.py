@@ -24,6 +24,7 @@ def assert_all_accounted_for(study: Study) -> None:
     states = {
         "complete": "COMPLETE", "infeasible": "PRUNED", "diverged": "FAIL", "error": "FAIL",
         "crashed": "FAIL", "timeout": "FAIL", "out_of_memory": "FAIL", "interrupted": "FAIL",
+        "stopped": "PRUNED",
     }  # fmt: skip
     for frozen in storage_trials(study):
         if frozen.state.name == "WAITING":

@@ -69,13 +69,13 @@ def test_a_bad_layer_is_a_recorded_outcome(study_data, runs, layer, outcome, wor
 
 def test_interrupts_never_use_up_a_trial(study_data, runs, monkeypatch):
     """However often the user stops a trial, it is queued again."""
-    from workbench.executors import InlineExecutor
+    from workbench.executors.inline import InlineExecutor
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(InlineExecutor, "judge", stop)
+        patch.setattr(InlineExecutor, "wait", stop)
         for _ in range(4):
             with pytest.raises(KeyboardInterrupt):
                 run(study_data, runs, **{"budget.retries": 0, "budget.trials": 1})
@@ -169,15 +169,6 @@ def test_a_stopped_study_resumes_its_trial_from_the_checkpoint(study_data, tmp_p
     assert again.data["stage_seconds"]["training"] < 0.8 * again.curve()["seconds"].iloc[-1]
     complete = [t.params for t in resumed.trials() if t.outcome == "complete"]
     assert complete == [t.params for t in whole.trials() if t.outcome == "complete"]
-
-
-def test_a_second_process_on_one_study_is_refused(study_data, runs):
-    process = start_slow(study_data, runs)
-    try:
-        with pytest.raises(WorkbenchError, match="another process"):
-            run(study_data, runs)
-    finally:
-        stop(process, signal.SIGKILL)
 
 
 def test_a_trial_recorded_but_not_told_is_told_on_resume(study_data, runs, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from workbench.cli import (
     generate,
     latency,
     measure,
+    migrate,
     new_plugin,
     plugins,
     run,
@@ -35,6 +36,7 @@ USER_ERROR = 2
 COMMANDS = (
     run,
     show,
+    migrate,
     describe,
     measure,
     latency,

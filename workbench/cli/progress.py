@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -57,8 +59,7 @@ class RichReporter(Reporter):
             transient=True,
         )
         self.best: Trial | None = None
-        self.pattern = ""
-        self.phase = ""
+        self.rows: dict[int, _Row] = {}  # of trials in flight
         self.alike: Counter[str] = Counter()
         self.pulse = _Pulse(self, silence)
 
@@ -92,32 +93,32 @@ class RichReporter(Reporter):
         for trial in study.front_trials()[:1]:
             self.best = trial
         self.overall = self.progress.add_task("trials", total=goal, completed=judged, note="")
-        self.current = self.progress.add_task("training", total=None, visible=False, note="")
         self._show_best()
 
     def trial_started(self, number: int, pattern: str) -> None:
         self._count_alike()
-        self.pattern = short_pattern(pattern, PATTERN)
-        self.progress.reset(
-            self.current, total=None, visible=True, description=f"trial {number}", note=""
-        )
+        task = self.progress.add_task(f"trial {number}", total=None, note="")
+        self.rows[number] = _Row(task, short_pattern(pattern, PATTERN))
         self.pulse.begin(number)
         self.trial_phase(number, "starting")  # its worker, which takes seconds
 
     def trial_phase(self, number: int, phase: str) -> None:
-        self.phase = phase
-        self.pulse.say(phase)
-        self.progress.update(self.current, note=f"{phase}  {self.pattern}")
+        row = self.rows[number]
+        row.phase = phase
+        self.pulse.say(number, phase)
+        self.progress.update(row.task, note=f"{phase}  {row.pattern}")
 
     def trial_progress(self, number: int, step: int, steps: int, loss: float) -> None:
-        state = f"{self.phase}, loss {loss:.3f}"
-        self.pulse.say(f"{self.phase}, step {step:,} of {steps:,}, loss {loss:.3f}")
-        note = f"{state}  {self.pattern}"
-        self.progress.update(self.current, completed=step, total=steps, note=note)
+        row = self.rows[number]
+        state = f"{row.phase}, loss {loss:.3f}"
+        self.pulse.say(number, f"{row.phase}, step {step:,} of {steps:,}, loss {loss:.3f}")
+        note = f"{state}  {row.pattern}"
+        self.progress.update(row.task, completed=step, total=steps, note=note)
 
     def trial_finished(self, trial: Trial) -> None:
-        self.pulse.end()
-        self.progress.update(self.current, visible=False)
+        self.pulse.end(trial.number)
+        if trial.number in self.rows:  # others came to nothing before they started
+            self.progress.remove_task(self.rows.pop(trial.number).task)
         self._print(trial)
         if trial.outcome in JUDGED:
             self.progress.advance(self.overall)
@@ -128,6 +129,10 @@ class RichReporter(Reporter):
         ):
             self.best = trial
         self._show_best()
+
+    def notice(self, message: str) -> None:
+        self._count_alike()
+        self.console.print(f"{message[:1].upper()}{message[1:]}.")
 
     def _print(self, trial: Trial) -> None:
         """Print a trial's line, or count it with those that came to nothing for its reason."""
@@ -170,6 +175,15 @@ class RichReporter(Reporter):
         self.progress.update(self.overall, note=note)
 
 
+@dataclasses.dataclass
+class _Row:
+    """A trial in flight: its bar, its pattern, and the phase that it is in."""
+
+    task: TaskID
+    pattern: str
+    phase: str = ""
+
+
 class _Count(MofNCompleteColumn):
     """`step/steps`; nothing while there is nothing to count."""
 
@@ -185,15 +199,14 @@ class _Elapsed(TimeElapsedColumn):
 
 
 class _Pulse:
-    """Prints how far a trial is, wherever it has been silent for too long."""
+    """Prints how far each trial is, wherever all have been silent for too long."""
 
     def __init__(self, reporter: RichReporter, silence: float) -> None:
         self._reporter = reporter
         self._silence = silence
         self._changed = threading.Condition()
-        self._number: int | None = None
-        self._state = ""
-        self._began = 0.0
+        self._states: dict[int, str] = {}
+        self._began: dict[int, float] = {}
         self._open = True
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -214,29 +227,30 @@ class _Pulse:
     def begin(self, number: int) -> None:
         """A trial starts."""
         with self._changed:
-            self._number, self._state, self._began = number, "", time.monotonic()
+            self._states[number], self._began[number] = "", time.monotonic()
             self._changed.notify()
 
-    def say(self, state: str) -> None:
-        """Where the trial is now."""
-        self._state = state
-
-    def end(self) -> None:
-        """The trial is over."""
+    def say(self, number: int, state: str) -> None:
+        """Where a trial is now."""
         with self._changed:
-            self._number = None
+            self._states[number] = state
+
+    def end(self, number: int) -> None:
+        """A trial is over."""
+        with self._changed:
+            if self._states.pop(number, None) is not None:
+                del self._began[number]
             self._changed.notify()
 
     def _run(self) -> None:
         with self._changed:
             while self._open:
-                if self._number is None:
+                if not self._states:
                     self._changed.wait()
                 elif not self._changed.wait(self._silence):
-                    seconds = time.monotonic() - self._began
-                    self._reporter.console.print(
-                        f"trial {self._number:>3}  {self._state}, {seconds:.0f} s"
-                    )
+                    for number, state in self._states.items():
+                        seconds = time.monotonic() - self._began[number]
+                        self._reporter.console.print(f"trial {number:>3}  {state}, {seconds:.0f} s")
 
 
 def _came_to_nothing(trial: Trial) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   workbench run studies/quickstart.toml
-  workbench run studies/quickstart.toml --trials 40   go on to 40 trials"""
+  workbench run studies/quickstart.toml --trials 40   go on to 40 trials
+  workbench run studies/hybrid_gpu.toml --workers 2   two trials at a time"""
 
 RESUME = "What was found is recorded; the same command goes on from there."
 
@@ -50,7 +51,19 @@ def run(
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option(metavar="WHERE", help="process (a worker) or inline (to debug a plugin)."),
+        typer.Option(metavar="WHERE", help="process (here), ray (a cluster) or inline (to debug)."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Trials at a time; 1 on a CPU, else one a device."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of a Ray cluster: auto, host:port, ray://…"),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of Optuna's storage; WORKBENCH_STORAGE, else SQLite."),
     ] = None,
     runs: Runs = None,
     plugin_dir: PluginDirs = None,
@@ -64,13 +77,14 @@ def run(
     from workbench.study_config import StudyConfig
 
     _refuse_missing(study)
-    config = _overridden(StudyConfig.read(study), trials, device, executor, plugin_dir)
+    runtime = {"device": device, "executor": executor, "workers": workers, "address": address}
+    config = _overridden(StudyConfig.read(study), trials, runtime, plugin_dir)
     from workbench.cli.progress import RichReporter
     from workbench.study import run_study
 
     builder(map(Path, config.plugin_dirs))  # imports while Ctrl-C may still simply end them
     with interrupts.explained(RESUME), _in_file(study), RichReporter(log()) as reporter:
-        result = run_study(config, runs, reporter)
+        result = run_study(config, runs, reporter, storage)
     if json:
         print_json({**result.summary(), "front": [t.name for t in result.front_trials()]})
     else:
@@ -116,8 +130,7 @@ def _holds_study(path: Path) -> bool:
 def _overridden(
     config: StudyConfig,
     trials: int | None,
-    device: str | None,
-    executor: str | None,
+    runtime: Mapping[str, Any],
     plugin_dir: list[Path] | None,
 ) -> StudyConfig:
     """The study with what the command line says otherwise."""
@@ -126,18 +139,17 @@ def _overridden(
 
     if trials is not None and trials < 1:
         raise FieldError("--trials", f"must be at least 1, got {trials}")
-    if device is not None:
-        with as_options():
-            resolve_device(device)
     budget: dict[str, Any] = {} if trials is None else {"trials": trials}
-    runtime: dict[str, Any] = {
-        name: value for name, value in (("device", device), ("executor", executor)) if value
-    }
+    given = {name: value for name, value in runtime.items() if value is not None}
+    with as_options():
+        if "device" in given:
+            resolve_device(given["device"])
+        changed = dataclasses.replace(config.runtime, **given)
     folders = tuple(str(folder.resolve()) for folder in plugin_dir or ())
     return dataclasses.replace(
         config,
         budget=dataclasses.replace(config.budget, **budget),
-        runtime=dataclasses.replace(config.runtime, **runtime),
+        runtime=changed,
         plugin_dirs=(*config.plugin_dirs, *folders),
     )
 

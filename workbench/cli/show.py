@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,11 +10,14 @@ from workbench.cli.common import Json, Runs, count, print_json, print_table, say
 from workbench.cli.tables import (
     front_columns,
     front_line,
+    funnel_columns,
     outcome_line,
     study_columns,
     trial_columns,
 )
+from workbench.errors import FieldError
 from workbench.figures import figure
+from workbench.funnel import study_funnel
 from workbench.records import OUTCOMES, load_study, load_trial, read_studies, runs_folder
 from workbench.text_table import Column
 
@@ -25,6 +28,7 @@ EXAMPLES = """\
   workbench show                       all studies
   workbench show quickstart            its Pareto front
   workbench show quickstart --all      every trial
+  workbench show quickstart --funnel   what became of trials, stage by stage
   workbench show quickstart:7 --json   one trial's record, as JSON"""
 
 
@@ -34,17 +38,22 @@ def show(
         typer.Argument(metavar="STUDY[:TRIAL]", help="All studies if left out."),
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Every trial, not only the front.")] = False,
+    funnel: Annotated[
+        bool, typer.Option("--funnel", help="How many trials entered and left each stage.")
+    ] = False,
     runs: Runs = None,
     json: Json = False,
 ) -> None:
     """Show all studies, a study's Pareto front, or one trial."""
+    if funnel and (name is None or ":" in name):
+        raise FieldError("--funnel", "is of a whole study: workbench show STUDY --funnel")
     if name is None:
         _studies(runs, json)
     elif ":" in name:
         trial = load_trial(name, runs)
         _trial(trial, load_study(name.rpartition(":")[0], runs), json)
     else:
-        _study(load_study(name, runs), all, json)
+        _study(load_study(name, runs), all, funnel, json)
 
 
 def _studies(runs: Runs, json: bool) -> None:
@@ -61,15 +70,20 @@ def _studies(runs: Runs, json: bool) -> None:
         say("Start one: workbench run studies/quickstart.toml")
 
 
-def _study(study: Study, every: bool, json: bool) -> None:
+def _study(study: Study, every: bool, funnel: bool, json: bool) -> None:
     front = study.front_trials()
     trials = study.trials() if every else front
     if json:
         numbers = [trial.number for trial in front]
         records = [trial.data for trial in trials]
-        print_json({**study.summary(), "front": numbers, "records": records})
+        stages = {"funnel": [stage.to_dict() for stage in study_funnel(study)]} if funnel else {}
+        print_json({**study.summary(), "front": numbers, "records": records, **stages})
         return
     say(outcome_line(study))
+    if funnel:
+        print()
+        print_table(funnel_columns(study_funnel(study)))
+        return
     if not trials:
         say("No trial is complete yet." if study.trials() else "It holds no trials yet.")
     elif every:
@@ -108,6 +122,8 @@ def _trial(trial: Trial, study: Study, json: bool) -> None:
                 Column(heading="value", cells=values, fit="wrap"),
             ]
         )
+    for rung in trial.data.get("rungs", ()):
+        say(_rung_line(rung, study))
     stages = trial.data.get("stage_seconds", {})
     if stages:
         say("Seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in stages.items()))
@@ -134,6 +150,15 @@ def _metric_columns(trial: Trial, study: Study) -> list[Column]:
         Column(heading="unit", cells=units),
         Column(heading="objective", cells=goals),
     ]
+
+
+def _rung_line(rung: dict[str, Any], study: Study) -> str:
+    figures = ", ".join(
+        f"{name} {figure(value, study.units.get(name, ''))}"
+        for name, value in rung["metrics"].items()
+    )
+    decision = "stopped" if rung["decision"] == "stop" else "went on"
+    return f"Rung at step {rung['step']:,} ({rung['share']:.0%}): {figures}; {decision}"
 
 
 def _measured_on(trial: Trial) -> str:

@@ -10,6 +10,7 @@ from workbench.figures import figure
 from workbench.text_table import Column
 
 if TYPE_CHECKING:
+    from workbench.funnel import FunnelStage
     from workbench.records import Study, Trial
 
 PATTERN = 24  # glyphs of a pattern shown as it is; a longer one has its repeats counted
@@ -86,6 +87,21 @@ def trial_columns(study: Study, trials: Sequence[Trial]) -> list[Column]:
         Column(heading="outcome", cells=[trial.outcome.replace("_", " ") for trial in trials]),
         *_metrics(study, trials, objectives, rank=0),
         Column(heading="pattern, reason", cells=texts, fit="wrap"),
+    ]
+
+
+def funnel_columns(stages: Sequence[FunnelStage]) -> list[Column]:
+    """A row a stage: trials that came, went on, and left by outcome; the time all of them took."""
+    left = [
+        ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in stage.left.items())
+        for stage in stages
+    ]
+    return [
+        Column(heading="stage", cells=[stage.name for stage in stages]),
+        Column(heading="entered", cells=[f"{stage.entered:,}" for stage in stages], right=True),
+        Column(heading="passed", cells=[f"{stage.passed:,}" for stage in stages], right=True),
+        Column(heading="left", cells=left, fit="wrap"),
+        Column(heading="seconds", cells=[f"{stage.seconds:,.1f}" for stage in stages], right=True),
     ]
 
 

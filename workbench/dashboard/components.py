@@ -28,6 +28,7 @@ OUTCOME_COLOURS = {
     "duplicate": "gray",
     "interrupted": "gray",
     "infeasible": "orange",
+    "stopped": "violet",
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.dashboard.quantities import Quantity
 from workbench.dashboard.strips import data_uri, pattern_svg
+from workbench.funnel import study_funnel
 from workbench.layout import Layout
 
 if TYPE_CHECKING:
@@ -91,6 +92,36 @@ def trial_table(
         row["reason"] = trial.reason or None
         rows.append(row)
     return pd.DataFrame(rows).dropna(axis="columns", how="all"), headings
+
+
+def funnel_table(study: CachedStudy) -> pd.DataFrame:
+    """A row a stage: trials that came, went on and left by outcome, and the seconds of all."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "stage": stage.name,
+                "entered": stage.entered,
+                "passed": stage.passed,
+                "left": counted(stage.left),
+                "seconds": f"{stage.seconds:,.1f}",
+            }
+            for stage in study_funnel(study)
+        ]
+    )
+
+
+def rung_table(trial: Trial) -> pd.DataFrame:
+    """A row a rung that the trial reached, with its figures and what was decided."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"step": rung["step"], **rung["metrics"], "decision": rung["decision"]}
+            for rung in trial.data.get("rungs", ())
+        ]
+    )
 
 
 def block_table(layout: Layout) -> pd.DataFrame:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.layout import Layout
 from workbench.study_config import StudyConfig
-from workbench.trial import Emit
-from workbench.verdict import Verdict
+
+if TYPE_CHECKING:
+    from workbench.verdict import Verdict
+
+Heard = Callable[[int, dict[str, Any]], None]  # a trial's number, and what `trial.judge` emits
+Ended = tuple[int, "Verdict"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,18 +50,73 @@ class Job:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """One trial's dear stages, or what of them is left: what `trial.judge` takes.
+
+    Attributes:
+        number: the trial's.
+        begun: the figures that an earlier task of this trial found (a Verdict as a dict), if any.
+        stop: the training step of the next rung; None trains to the end.
+    """
+
+    number: int
+    layout: Layout
+    folder: Path
+    begun: dict[str, Any] | None = None
+    stop: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "layout": self.layout.to_dict(),
+            "folder": str(self.folder.resolve()),
+            "begun": self.begun,
+            "stop": self.stop,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Task:
+        layout, folder = Layout.from_dict(data["layout"]), Path(data["folder"])
+        return cls(**{**data, "layout": layout, "folder": folder})
+
+
 class Executor(ABC):
-    """Judges one trial at a time. A trial's end, however bad, is a Verdict, never an exception."""
+    """Judges up to `slots` trials at a time. However badly one ends, it is a Verdict.
+
+    One thread uses it. What it raises concerns the study, and what is in flight then is lost.
+    """
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many tasks may be in flight; may change while a study runs (nodes come and go)."""
 
     @abstractmethod
-    def judge(self, layout: Layout, folder: Path, emit: Emit) -> Verdict:
-        """Run the stages that need a model; blocks.
+    def submit(self, task: Task) -> None:
+        """Take a task; only while fewer than `slots` are in flight. Does not wait for it.
 
         Raises:
-            KeyboardInterrupt: the user stopped the study; no work goes on.
-            WorkbenchError: no trial can be judged at all (the worker cannot start).
+            WorkbenchError: no trial can be judged at all (a worker cannot start).
         """
 
     @abstractmethod
+    def wait(self, heard: Heard, timeout: float | None = None) -> list[Ended]:
+        """Block until a task ends; its trial and verdict, or those of several.
+
+        Args:
+            heard: told of progress as it comes, with the number of its trial.
+            timeout: seconds; without any end by then the list is empty.
+
+        Raises:
+            KeyboardInterrupt: the user stopped the study.
+            WorkbenchError: no trial can be judged at all.
+        """
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Drop all that is in flight; when it returns, none of it works on."""
+
+    @abstractmethod
     def close(self) -> None:
-        """End every process that it started."""
+        """`cancel`, and end every process that it started."""

@@ -191,6 +191,7 @@ class Counting(DataSource):
 class Loss(Metric):
     unit = "bits/byte"
     stage = "quantized"
+    at_rungs = True
     label = "bits per byte of the counting task"
 
     def measure(self, subject):

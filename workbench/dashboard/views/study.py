@@ -42,6 +42,8 @@ def page() -> None:
     with chart:
         components.live(lambda: front(study.name, *axes), running=study.is_running)
     trials(study)
+    with st.expander("Funnel: what became of trials, stage by stage"):
+        components.live(lambda: funnel(study.name), running=study.is_running)
 
 
 def heading(study: CachedStudy, studies: Sequence[CachedStudy]) -> None:
@@ -119,6 +121,11 @@ def best(name: str) -> None:
             key = f"best-{quantity.name}"
             if st.button(f"Trial {trial.number}", key=key, icon=":material/arrow_forward:"):
                 links.open_trial(study.name, trial.number)
+
+
+def funnel(name: str) -> None:
+    """How many trials entered and left each stage, and what it took."""
+    st.table(tables.funnel_table(read_study(name)).set_index("stage"))
 
 
 def trials(study: CachedStudy) -> None:

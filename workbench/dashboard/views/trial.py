@@ -136,6 +136,8 @@ def record(trial: Trial) -> None:
             "seconds",
         ),
     }
+    if trial.data.get("rungs"):
+        parts["Rungs"] = tables.rung_table(trial)
     log = log_of(trial)
     names = [*parts, *(["Log"] if log else [])]
     for name, tab in zip(names, st.tabs(names), strict=True):
