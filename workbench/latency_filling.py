@@ -6,6 +6,9 @@ over the copies, by least squares, is its figure. All models of a part are timed
 rounds, so that what the machine does meanwhile hits them alike. Of each timing the fastest decile
 counts, and of the rounds the fastest, for parts and whole models alike: what disturbs a call only
 slows it, and a sum of disturbed parts would be disturbed many times over.
+
+A few copies may lie in a GPU's last cache where a whole model does not: each call of a part begins
+with that cache emptied (`cold`). Whole models are timed as they run.
 """
 
 from __future__ import annotations
@@ -42,12 +45,15 @@ Turn = dict[int, float]  # seconds by number of copies, of one round
 
 
 class Timer(Protocol):
-    """Times a model under a load; its name is part of what a table is for."""
+    """Times a model under a load; its name is part of what a table is for.
+
+    `cold` asks for the time of a model of which nothing is in the device's last cache.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def __call__(self, model: HybridLM, load: Load) -> Timing: ...
+    def __call__(self, model: HybridLM, load: Load, *, cold: bool = False) -> Timing: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ class ModelTimer:
         name, stepper = stepper_of(steps, device)
         return cls(name=name, stepper=stepper, prefiller=prefiller_of(steps, device))
 
-    def __call__(self, model: HybridLM, load: Load) -> Timing:
+    def __call__(self, model: HybridLM, load: Load, *, cold: bool = False) -> Timing:
         if load.phase == "prefill":
             return prefill_time(
                 model,
@@ -89,6 +95,7 @@ class ModelTimer:
                 repeats=self.repeats,
                 min_seconds=self.min_seconds,
                 prefiller=self.prefiller,
+                cold=cold,
                 clock=self.clock,
             )
         return decode_time(
@@ -98,6 +105,7 @@ class ModelTimer:
             self.tokens,
             min_seconds=self.min_seconds,
             stepper=self.stepper,
+            cold=cold,
             clock=self.clock,
         )
 
@@ -201,7 +209,7 @@ class Filler:
                 models = {count: self._model(parts, part, count) for count in (0, 1)}
         for load in loads:
             seen.setdefault((part, load), []).extend(
-                {count: self.timer(model, load).p10 for count, model in models.items()}
+                {count: self.timer(model, load, cold=True).p10 for count, model in models.items()}
                 for _ in range(self.rounds)
             )
 

@@ -222,6 +222,7 @@ def decode_time(
     warmup: int = 5,
     min_seconds: float = 0.2,
     stepper: Stepper = eager,
+    cold: bool = False,
     clock: Callable[[torch.device], Clock] | None = None,
 ) -> Timing:
     """Seconds a decode step: one more token for each of `batch_size` sequences.
@@ -230,6 +231,9 @@ def decode_time(
     sampling not included. After `tokens` steps the filled states are restored, so that the
     context stays between `context` and `context + tokens` however long the measuring takes (the
     states are held twice for that). `stepper` and `clock` say how steps run and are timed.
+
+    With `cold` each step of a CUDA device begins with nothing of the model in its last cache, as a
+    layer does in a model larger than that; elsewhere it changes nothing.
 
     Raises:
         FieldError: a size below 1.
@@ -247,7 +251,7 @@ def decode_time(
             device=model.device,
             warmup=warmup,
             min_seconds=min_seconds,
-            arguments=_steps(next_SB, states, filled),
+            arguments=_after(_flush(model.device, cold), _steps(next_SB, states, filled)),
             clock=clock,
         )
 
@@ -261,6 +265,21 @@ def _steps(next_SB: Tensor, states: list[State], filled: list[State]) -> Iterato
             yield (tokens_B,)
 
 
+def _after(flush: Callable[[], object], arguments: Iterable[Any]) -> Iterator[Any]:
+    """The arguments of calls, each given after a flush, which is outside of the timed part."""
+    for values in arguments:
+        flush()
+        yield values
+
+
+def _flush(device: torch.device, cold: bool) -> Callable[[], object]:
+    """What drives everything out of a CUDA device's last cache: twice as many bytes, written."""
+    if not cold or device.type != "cuda":
+        return lambda: None
+    held = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(2 * held, dtype=torch.uint8, device=device).zero_
+
+
 def prefill_time(
     model: HybridLM,
     batch_size: int,
@@ -271,12 +290,14 @@ def prefill_time(
     repeats: int = 5,
     min_seconds: float = 0.2,
     prefiller: Prefiller | None = None,
+    cold: bool = False,
     clock: Callable[[torch.device], Clock] | None = None,
 ) -> Timing:
     """Seconds to take in prompts of `length` random tokens and score the token after them.
 
     Each call fills fresh states, allocated outside the timed part; what a `prefiller` makes
-    empties its own in each call, and what it does before the first (capturing) is not timed.
+    empties its own in each call, and what it does before the first (capturing) is not timed. `cold`
+    is as in `decode_time`.
 
     Raises:
         FieldError: a size below 1.
@@ -291,12 +312,14 @@ def prefill_time(
             "min_seconds": min_seconds,
             "clock": clock,
         }
+        flush = _flush(model.device, cold)
         if prefiller is None:
             fresh = ((prompt_BT, model.init_state(batch_size, length)) for _ in itertools.count())
-            return time_calls(model.prefill, arguments=fresh, **timed)
+            return time_calls(model.prefill, arguments=_after(flush, fresh), **timed)
         with preparing(model.device):
             prefill = prefiller(model, prompt_BT)
-        return time_calls(prefill, arguments=itertools.repeat((prompt_BT,)), **timed)
+        again = _after(flush, itertools.repeat((prompt_BT,)))
+        return time_calls(prefill, arguments=again, **timed)
 
 
 def first_token_time(

@@ -22,7 +22,7 @@ def clockwork(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
     """A clock that counts blocks and their width; lists what was timed."""
     timed: list[Load] = []
 
-    def tick(self: Any, model: HybridLM, load: Load) -> Timing:
+    def tick(self: Any, model: HybridLM, load: Load, *, cold: bool = False) -> Timing:
         timed.append(load)
         seconds = 1e-3 * load.batch_size * model.layout.d_model * (2 + len(model.layers))
         return Timing(median=seconds, p10=seconds, p90=seconds, repeats=2)

@@ -35,7 +35,7 @@ class Constant:
 
     name = "eager"
 
-    def __call__(self, model: HybridLM, load: Load) -> Timing:
+    def __call__(self, model: HybridLM, load: Load, *, cold: bool = False) -> Timing:
         seconds = 0.001 * load.length * (1 + len(model.layers))
         return Timing(median=seconds, p10=seconds, p90=seconds, repeats=2)
 

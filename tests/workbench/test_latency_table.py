@@ -34,10 +34,12 @@ class PriceList:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, Load]] = []
+        self.cold: list[bool] = []
 
-    def __call__(self, model: HybridLM, load: Load) -> Timing:
+    def __call__(self, model: HybridLM, load: Load, *, cold: bool = False) -> Timing:
         assert not model.training
         self.calls.append((len(model.layers), load))
+        self.cold.append(cold)
         seconds = self.seconds(model, load)
         return Timing(median=9.0, p10=seconds, p90=9.0, repeats=3)
 
@@ -189,6 +191,17 @@ def test_what_cannot_be_told_is_named_and_stays_missing(toys: Builder, table: La
     assert "decode, batch 2, length 8" in what
     assert "more copies were not slower" in why
     assert len(seconds_of(table, toys, layout_of("toy-mlp"), DECODE)) == 1
+
+
+def test_parts_are_timed_with_an_empty_cache_and_whole_models_as_they_run(
+    toys: Builder, table: LatencyTable
+) -> None:
+    filler = filler_of(toys, table, timer=(prices := PriceList()))
+    filler.fill([layout_of("toy-mixer")], [DECODE, PREFILL])
+    assert prices.cold == [True] * len(prices.cold) != []
+    parts = len(prices.cold)
+    filler.observe([layout_of("toy-mixer")], [DECODE, PREFILL], "fit")
+    assert prices.cold[parts:] == [False] * (len(prices.cold) - parts) != []
 
 
 def test_whole_models_are_observed_once(toys: Builder, table: LatencyTable) -> None:

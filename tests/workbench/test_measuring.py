@@ -333,6 +333,27 @@ def test_a_prefiller_is_made_once_and_its_calls_are_timed() -> None:
     assert all(torch.equal(given_BT, made[0]) for given_BT in calls)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cold_step_reads_its_weights_from_memory(builder: Builder) -> None:
+    # 25 MB of weights: they stay in the last cache from step to step, unless it is emptied.
+    layout = Layout(d_model=1024, vocab_size=64, blocks=(Block(layer="swiglu"),) * 2)
+    model = builder.build(layout, device="cuda")
+    _, captured = stepper_of("cuda-graph", "cuda")
+    warm, cold = (
+        decode_time(model, 1, 4, tokens=4, stepper=captured, cold=cold).median
+        for cold in (False, True)
+    )
+    assert cold > 1.2 * warm
+
+
+def test_cold_changes_nothing_on_a_cpu() -> None:
+    model = diary()
+    timing = decode_time(model, 2, 5, tokens=3, warmup=1, min_seconds=0, cold=True)
+    assert timing.repeats == 20
+    assert prefill_time(toy(), 2, 5, repeats=3, min_seconds=0, cold=True).repeats == 3
+
+
 def test_tokens_come_from_the_seed_alone() -> None:
     models = [diary() for _ in range(3)]
     for model, seed, noise in zip(models, (1, 1, 2), (11, 12, 13), strict=True):
