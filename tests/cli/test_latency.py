@@ -92,7 +92,7 @@ def test_a_layout_judges_only_itself(cli: Cli, tmp_path: Path) -> None:
 def test_parts_that_cannot_be_told_are_named(
     cli: Cli, toy_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def still(self: Any, model: HybridLM, load: Load) -> Timing:
+    def still(self: Any, model: HybridLM, load: Load, *, cold: bool = False) -> Timing:
         return Timing(median=1.0, p10=1.0, p90=1.0, repeats=2)
 
     monkeypatch.setattr("workbench.latency_filling.ModelTimer.__call__", still)
