@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workbench import Block, Layout
+from workbench import Block, Layout, kernels
 from workbench.builder import Builder, default_builder
 from workbench.executors.base import Job
 from workbench.identity import used_plugins
@@ -214,7 +214,14 @@ def main() -> None:
         cache = (options.cache or Path(temporary) / "cache").resolve()
         data = make_data(config, builder, cache)
         plugins = used_plugins(config, builder)
-        job = Job(config=config, device=options.device, cache_dir=cache, plugins=plugins)
+        kernels.statuses()  # as a study's process tries them all before it starts a worker
+        job = Job(
+            config=config,
+            device=options.device,
+            cache_dir=cache,
+            plugins=plugins,
+            probed=kernels.found(),
+        )
         layout = builder.resolve(layout_of(size, -(-data.vocab_size // 64) * 64))
         run(job, layout, builder, Path(temporary), options)
 

@@ -180,6 +180,22 @@ def statuses() -> list[Status]:
     return found
 
 
+def found() -> dict[str, dict[str, str]]:
+    """What was probed so far: operation → backend → why it does not work, empty if it does."""
+    return {name: dict(operation._reasons) for name, operation in _operations.items()}
+
+
+def take_over(reasons: Mapping[str, Mapping[str, str]]) -> None:
+    """Believe what another process on this machine, with the same plugins, has probed (`found`).
+
+    What this process probed itself stays.
+    """
+    for name, backends in reasons.items():
+        if operation := _operations.get(name):
+            known = {key: why for key, why in backends.items() if key in operation.backends}
+            operation._reasons = known | operation._reasons
+
+
 def prefer(backends: Mapping[str, str]) -> None:
     """Set a study's preferences, in place of earlier ones.
 

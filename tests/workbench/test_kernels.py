@@ -67,6 +67,24 @@ def test_a_probe_runs_once_and_only_if_it_matters():
     assert PROBED == ["works", "breaks"]
 
 
+def test_what_another_process_found_is_not_probed_again():
+    scan, mix = operation(fast=works, broken=breaks), operation("mix", fast=works)
+    elsewhere = {
+        "scan": {"fast": "", "broken": "ImportError: gone", "unknown": ""},
+        "mix": {"fast": "too old"},
+        "stranger": {"fast": ""},
+    }
+    assert mix.order() == ("fast", TORCH)
+    kernels.take_over(elsewhere)
+    assert scan.order() == ("fast", TORCH)
+    assert mix.order() == ("fast", TORCH)  # seen here
+    assert PROBED == ["works"]
+    assert kernels.found() == {
+        "scan": {"fast": "", "broken": "ImportError: gone"},
+        "mix": {"fast": ""},
+    }
+
+
 def test_a_failed_probe_is_told_in_a_line():
     scan = operation(broken=breaks)
     assert scan.why_not("broken") == "ImportError: no compiled kernels"

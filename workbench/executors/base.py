@@ -25,12 +25,15 @@ class Job:
     Attributes:
         plugins: version and sources of each plugin that the study uses: a worker that finds others
             judges nothing.
+        probed: what the study's process found of backends (`kernels.found`), for workers on its
+            machine, which then need not try them all again.
     """
 
     config: StudyConfig
     device: str
     cache_dir: Path
     plugins: dict[str, str]
+    probed: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -38,6 +41,7 @@ class Job:
             "device": self.device,
             "cache_dir": str(self.cache_dir),
             "plugins": self.plugins,
+            "probed": self.probed,
         }
 
     @classmethod
@@ -47,6 +51,7 @@ class Job:
             device=data["device"],
             cache_dir=Path(data["cache_dir"]),
             plugins=data["plugins"],
+            probed=data["probed"],
         )
 
 

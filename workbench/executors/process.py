@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench import kernels
 from workbench.errors import WorkbenchError
 from workbench.executors.base import Ended, Executor, Heard, Job, Task
 from workbench.executors.worker_process import WorkerDiedError, WorkerProcess
@@ -50,7 +51,13 @@ def job_of(place: Workplace, cache_dir: Path, plugins: dict[str, str], workers: 
         )
     if device.startswith("cuda:"):
         device = "cuda:0"
-    return Job(config=config, device=device, cache_dir=cache_dir, plugins=plugins)
+    return Job(
+        config=config,
+        device=device,
+        cache_dir=cache_dir,
+        plugins=plugins,
+        probed=kernels.found(),
+    )
 
 
 def device_environments(device: str, count: Any) -> list[dict[str, str]]:

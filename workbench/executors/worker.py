@@ -54,6 +54,7 @@ def open_place(job: Job, seconds: dict[str, float]) -> Any:
 
         if job.device.startswith("cuda"):
             import torch._inductor.compile_fx  # and the first block
+        from workbench import kernels
         from workbench.builder import default_builder
         from workbench.identity import used_backends
         from workbench.trial import Workplace
@@ -63,6 +64,7 @@ def open_place(job: Job, seconds: dict[str, float]) -> Any:
     with contextlib.redirect_stderr(io.StringIO()):  # the study's process has shown the same
         builder = default_builder(job.config.plugin_dirs)
     _refuse_changed(job, builder)
+    kernels.take_over(job.probed)
     place = Workplace(job.config, builder, job.device, job.cache_dir)
     used_backends(place)  # probed now: what a library does at its import is no trial's doing
     if job.config.budget.memory_gb is not None:
