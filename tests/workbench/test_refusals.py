@@ -73,7 +73,7 @@ def test_where_a_layer_lies_is_no_field_of_it() -> None:
 def test_a_study_in_which_nothing_is_feasible_stops_early_and_says_why(
     study_data: dict[str, Any], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workbench.study.HOPELESS", 12)
+    monkeypatch.setattr("workbench.scheduler.HOPELESS", 12)
     message = run(study_data, runs, **IMPOSSIBLE)
     assert message.startswith("none of 12 suggestions is feasible.")
     nearest = min(trial.metrics["toy_weights"] for trial in load_study("toys", runs).trials())
@@ -90,7 +90,7 @@ def test_a_study_in_which_nothing_is_feasible_stops_early_and_says_why(
 def test_one_feasible_layout_is_reason_to_search_on(
     study_data: dict[str, Any], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workbench.study.HOPELESS", 5)
+    monkeypatch.setattr("workbench.scheduler.HOPELESS", 5)
     only = {"space.d_model": 8, "space.num_layers": 1, "space.layers": {}}
     message = run(study_data, runs, **only)
     found = re.match(r"the last (\d+) suggestions held no new feasible layout", message)
