@@ -31,6 +31,8 @@ from workbench.pareto import pareto_front
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.intervals import ConfirmedTrial
+
 OUTCOMES = {
     "complete": "judged in every stage",
     "duplicate": "the same layout as an earlier trial, whose figures it reuses",
@@ -259,6 +261,12 @@ class Study:
         front = [complete[index] for index in pareto_front(points)]
         first = self.objectives[0]
         return sorted(front, key=lambda trial: first.sign * trial.metrics[first.name])
+
+    def confirmed(self) -> list[ConfirmedTrial]:
+        """The trials that `workbench confirm` trained again, by number, with their intervals."""
+        from workbench.intervals import confirmed_trials
+
+        return confirmed_trials(self)
 
     def frame(self) -> pd.DataFrame:
         """A row a trial, indexed by its number.

@@ -14,8 +14,9 @@ from workbench.cli.app import COMMANDS, app
 
 NAMES = [module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS]
 ISSUE = [
-    "run", "show", "migrate", "describe", "measure", "latency", "train", "export", "generate",
-    "plugins", "new-plugin", "check-plugin", "doctor", "dashboard",
+    "run", "show", "confirm", "audit", "migrate", "oracle", "describe", "measure", "latency",
+    "scale", "train", "export", "generate", "plugins", "new-plugin", "check-plugin",
+    "doctor", "dashboard",
 ]  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def test_version(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["descrbe"], "unknown command 'descrbe'. Did you mean 'describe'? Known: check-plugin, "),
+        (["descrbe"], "unknown command 'descrbe'. Did you mean 'describe'? Known: audit, "),
         (["show", "--al"], "No such option: --al"),
         (["describe"], "Missing argument 'LAYOUT'"),
         (["generate", "a:1"], "Missing option '--prompt'"),

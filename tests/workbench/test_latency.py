@@ -19,13 +19,14 @@ from workbench.builder import Builder
 from workbench.errors import FieldError, UnknownNameError
 from workbench.latency import LatencyModel
 from workbench.latency_drawing import RandomSuggester, draw_layouts
-from workbench.latency_evaluation import evaluate, kendall_tau
+from workbench.latency_evaluation import evaluate
 from workbench.latency_filling import Filler
 from workbench.latency_fit import Correction, fit, non_negative_least_squares
 from workbench.latency_machine import PHASES, Load, Machine
 from workbench.latency_table import LatencyTable
 from workbench.layout import Block, Layout, Named
 from workbench.model import HybridLM
+from workbench.rank_correlation import kendall_tau
 from workbench.roofline import Ceilings, Roofline
 from workbench.space import Space, SpaceConfig
 

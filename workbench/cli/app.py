@@ -14,7 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from workbench import stray_output
 from workbench.cli import (
+    audit,
     check_plugin,
+    confirm,
     dashboard,
     describe,
     doctor,
@@ -24,8 +26,10 @@ from workbench.cli import (
     measure,
     migrate,
     new_plugin,
+    oracle,
     plugins,
     run,
+    scale,
     show,
     train,
 )
@@ -36,10 +40,14 @@ USER_ERROR = 2
 COMMANDS = (
     run,
     show,
+    confirm,
+    audit,
     migrate,
+    oracle,
     describe,
     measure,
     latency,
+    scale,
     train,
     export,
     generate,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli.common import Json, Runs, count, print_json, print_table, say, warn
+from workbench.cli.confirmed import confirmed_columns, confirmed_lines
 from workbench.cli.tables import (
-    front_columns,
     front_line,
     funnel_columns,
     outcome_line,
@@ -73,11 +73,13 @@ def _studies(runs: Runs, json: bool) -> None:
 def _study(study: Study, every: bool, funnel: bool, json: bool) -> None:
     front = study.front_trials()
     trials = study.trials() if every else front
+    confirmed = study.confirmed()
     if json:
         numbers = [trial.number for trial in front]
         records = [trial.data for trial in trials]
         stages = {"funnel": [stage.to_dict() for stage in study_funnel(study)]} if funnel else {}
-        print_json({**study.summary(), "front": numbers, "records": records, **stages})
+        again = {"confirmed": [point.to_dict() for point in confirmed]} if confirmed else {}
+        print_json({**study.summary(), "front": numbers, "records": records, **again, **stages})
         return
     say(outcome_line(study))
     if funnel:
@@ -92,7 +94,9 @@ def _study(study: Study, every: bool, funnel: bool, json: bool) -> None:
     else:
         say(front_line(study, trials))
         print()
-        print_table(front_columns(study, trials))
+        print_table(confirmed_columns(study, trials, confirmed))
+        for line in confirmed_lines(trials, confirmed):
+            say(line)
     if front:
         say(f"Next: workbench show {front[0].name}")
     elif trials:

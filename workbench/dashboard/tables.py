@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.dashboard.reading import CachedStudy
+    from workbench.intervals import ConfirmedTrial
     from workbench.records import Trial
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -69,6 +70,7 @@ def trial_table(
 
     trials = list(trials)
     front = {trial.number for trial in study.front_trials()}
+    confirmed = {point.number: point for point in study.confirmed()}
     headings, divisors = {}, {}
     for name, quantity in metrics.items():
         values = [abs(trial.metrics[name]) for trial in trials if name in trial.metrics]
@@ -88,10 +90,24 @@ def trial_table(
         for heading, quantity in headings.items():
             value = trial.metrics.get(quantity.name)
             row[heading] = None if value is None else value / divisors[quantity.name]
+        row |= confirmed_cells(confirmed.get(trial.number), metrics)
         row["seconds"] = trial.data.get("seconds")
         row["reason"] = trial.reason or None
         rows.append(row)
     return pd.DataFrame(rows).dropna(axis="columns", how="all"), headings
+
+
+def confirmed_cells(
+    point: ConfirmedTrial | None, metrics: Mapping[str, Quantity]
+) -> dict[str, str | None]:
+    """What training with other seeds found: `mean ± half`, and who cannot be ranked against it."""
+    if point is None:
+        return {}
+    cells: dict[str, str | None] = {
+        f"{name}, confirmed": found.text(metrics[name].unit)
+        for name, found in point.intervals.items()
+    }
+    return {**cells, "unresolved with": point.unresolved_text or None}
 
 
 def funnel_table(study: CachedStudy) -> pd.DataFrame:
