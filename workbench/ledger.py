@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
 from workbench import storage
+from workbench.claims import FOLDER as CLAIMS
 from workbench.claims import Claims
 from workbench.errors import WorkbenchError
 from workbench.files import read_json, write_json
@@ -27,6 +28,7 @@ from workbench.verdict import Verdict
 JUDGED = ("complete", "stopped", "diverged", "out_of_memory", "timeout", "crashed", "error")
 FAULTS = ("crashed", "interrupted")  # not the layout's doing: runs again
 UNSETTLED = ("running", "paused")  # some process is at it, or was
+CHECKPOINT = "checkpoint.safetensors"
 UNBUILDABLE = "buildable"  # the constraint that an impossible combination violates
 
 
@@ -157,11 +159,23 @@ class Ledger:
         )
 
     def take_checkpoint(self, record: dict[str, Any]) -> None:
-        """Move the checkpoint of the trial that this one repeats into its own folder."""
-        if record["retry_of"] is not None:
-            checkpoint = self.path(record["retry_of"]) / "checkpoint.safetensors"
+        """Move the checkpoint of the trials that this one repeats into its own folder."""
+        for before in self.attempts(record):
+            checkpoint = self.path(before["number"]) / CHECKPOINT
             if checkpoint.exists():
-                checkpoint.rename(self.path(record["number"]) / checkpoint.name)
+                checkpoint.rename(self.path(record["number"]) / CHECKPOINT)
+                return
+
+    def attempts(self, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The records of the trials that this one repeats, the last one first.
+
+        The last may have ended before it took over what the one before it left.
+        """
+        number = record.get("retry_of")
+        while number is not None:
+            before = self._read(number).data
+            yield before
+            number = before.get("retry_of")
 
     def finish(self, record: dict[str, Any], verdict: Verdict) -> Trial:
         """Record first, tell after: what Optuna knows, the records know."""
@@ -196,22 +210,25 @@ class Ledger:
         """Tell Optuna what a final record says; queue the trial again if a fault ended it."""
         outcome = record.get("duplicate_outcome") or record["outcome"]
         again = outcome == "interrupted" or (outcome == "crashed" and not record.get("given_up"))
-        if again and record["outcome"] in FAULTS:
+        again = again and record["outcome"] in FAULTS
+        if again:
             attempt = record.get("attempt", 0) + (outcome == "crashed")
-            # Suggestions that were cut short are drawn afresh, as they would have been.
-            params = frozen.params if "layout_hash" in record else {}
+            # Suggestions that were cut short are drawn afresh, as they would have been; those
+            # that repeat a trial have its parameters from the first.
+            queued = frozen.system_attrs.get("fixed_params", {})
+            params = frozen.params if "layout_hash" in record else queued
             storage.enqueue_retry(self.optuna, frozen, params, attempt)
-        elif record["outcome"] not in FAULTS:
-            self._sweep(record["number"])
+        self._sweep(record, is_over=not again)
         state = state_of(record)
         constraints = record.get("constraints", {})
         storage.tell(self.optuna, frozen, state, record.get("values"), constraints)
 
-    def _sweep(self, number: int) -> None:
-        """Remove what only a trial that runs again would need."""
-        for path in self.path(number).iterdir():
-            if path.name == "checkpoint.safetensors" or path.suffix == ".tmp":
-                path.unlink()
+    def _sweep(self, record: dict[str, Any], *, is_over: bool) -> None:
+        """Remove what a killed process was writing and, of a trial that is over, checkpoints."""
+        for path in self.path(record["number"]).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for attempt in (record, *self.attempts(record)) if is_over else ():
+            (self.path(attempt["number"]) / CHECKPOINT).unlink(missing_ok=True)
 
     def _count(self, trial: Trial) -> None:
         if is_judged(trial):
@@ -305,7 +322,15 @@ class Ledger:
                 theirs = owner not in (None, self.parent.id) and self.parent.alive(owner)
                 if not mine and not theirs:
                     self._end(frozen)
+            if dead:
+                self._clear_away()
             self.parent.forget(dead)
+
+    def _clear_away(self) -> None:
+        """Remove what dead parents were writing; living ones write these in their turn only."""
+        for pattern in (".study.json.*.tmp", f"{CLAIMS}/.*.tmp"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _end(self, frozen: FrozenTrial) -> None:
         """End a trial that nobody is at any more."""

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from workbench import storage
 from workbench.errors import WorkbenchError
 from workbench.executors import Executor, Task
-from workbench.files import read_json, write_json
+from workbench.files import write_json
 from workbench.guard import guarded
 from workbench.identity import trial_provenance, used_plugins
 from workbench.layout import Layout
@@ -281,26 +281,24 @@ class Scheduler:
             flight.rest()
             return
         flight.since = flight.since or time.monotonic()
-        self.ledger.take_checkpoint(flight.record)
         self._take_rungs(flight)
         is_measured = any(metric.stage == "measured" for metric in self.place.metrics.values())
         flight.stage = "measured" if is_measured and not flight.verdict.rungs else "training"
         flight.record["stage"] = flight.stage
         self.ledger.write(flight.record)
+        self.ledger.take_checkpoint(flight.record)  # after its rungs are on record: it is past them
         self.reporter.trial_started(flight.number, flight.record["pattern"])
         self._submit(flight)
 
     def _take_rungs(self, flight: _Flight) -> None:
-        """What the trial that a flight repeats had passed, the flight has passed."""
-        before = flight.record["retry_of"]
-        if before is None or not self.rungs.steps:
-            return
-        record = read_json(self.ledger.path(before) / "trial.json")
-        if record.get("rungs"):
-            names = ("metrics", "extras", "notes", "constraints", "rungs", "details")
-            flight.verdict.update(Verdict(**{name: record[name] for name in names}))
-            carried = {"carried_rungs": len(record["rungs"])}
-            flight.record.update(flight.verdict.to_dict(), outcome="running", **carried)
+        """What the trials that a flight repeats had passed, the flight has passed."""
+        for before in self.ledger.attempts(flight.record) if self.rungs.steps else ():
+            if before.get("rungs"):
+                names = ("metrics", "extras", "notes", "constraints", "rungs", "details")
+                flight.verdict.update(Verdict(**{name: before[name] for name in names}))
+                carried = {"carried_rungs": len(before["rungs"])}
+                flight.record.update(flight.verdict.to_dict(), outcome="running", **carried)
+                return
 
     def _submit(self, flight: _Flight) -> None:
         assert flight.layout is not None
