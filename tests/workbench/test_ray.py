@@ -28,6 +28,7 @@ from workbench.study import Reporter, run_study
 RAY = {"runtime.executor": "ray", "runtime.threads": 1}
 # Ray leaves sockets and processes to its own exit handlers, and warns of its own future.
 pytestmark = [
+    pytest.mark.xdist_group("ray"),  # clusters of one machine get in each other's way
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
