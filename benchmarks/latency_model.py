@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from workbench.builder import Builder, default_builder
+from workbench.clocks import ProcessorClock
 from workbench.environment import package_versions
 from workbench.latency import LatencyModel
 from workbench.latency_drawing import draw_layouts
@@ -25,7 +26,7 @@ from workbench.latency_filling import Filler, ModelTimer
 from workbench.latency_machine import PHASES, Load, Machine
 from workbench.latency_table import LatencyTable
 from workbench.layout import Layout
-from workbench.measuring import STEPS, ProcessorClock
+from workbench.measuring import STEPS
 from workbench.roofline import Roofline, measure_ceilings
 from workbench.space import Space, SpaceConfig
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from workbench.builder import Builder
+from workbench.clocks import Clock
 from workbench.errors import FieldError
 from workbench.latency_machine import Load
 from workbench.latency_parts import OUTSIDE, LinkedCopiesError, Part, Parts, group, label
@@ -28,7 +29,6 @@ from workbench.latency_table import Entry, LatencyTable, Observation, Role
 from workbench.layout import Layout
 from workbench.measuring import (
     EAGER,
-    Clock,
     Prefiller,
     Stepper,
     Timing,

@@ -10,13 +10,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from workbench.clocks import clock_of
 from workbench.compilation import preparing
 from workbench.generation import GREEDY, SamplingConfig, sample
 from workbench.measuring import (
     Stepper,
     Timing,
     check_sizes,
-    clock_of,
     eager,
     no_garbage_collection,
     random_tokens,

@@ -12,13 +12,14 @@ import torch
 
 from tests.workbench.linked_layers import Publisher, Reader, SharedMLP
 from workbench.builder import Builder
+from workbench.clocks import ProcessorClock
 from workbench.errors import DiskError, FieldError, WorkbenchError
 from workbench.latency_filling import Filler, ModelTimer, slope
 from workbench.latency_machine import Load, Machine
 from workbench.latency_parts import Parts, group, label
 from workbench.latency_table import Entry, LatencyTable
 from workbench.layout import Block, Layout
-from workbench.measuring import ProcessorClock, Timing, eager
+from workbench.measuring import Timing, eager
 from workbench.model import HybridLM
 from workbench.testing.toys import toy_builder
 

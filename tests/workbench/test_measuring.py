@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench import measuring
 from workbench.builder import Builder
+from workbench.clocks import ProcessorClock
 from workbench.errors import FieldError, UnknownNameError, WorkbenchError
 from workbench.layer import State
 from workbench.layout import Block, Layout
 from workbench.measuring import (
     Prefill,
-    ProcessorClock,
     Timing,
     decode_time,
     eager,
@@ -61,7 +60,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     return clock
 
 

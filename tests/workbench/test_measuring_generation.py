@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tests.workbench.test_measuring import Clock, diary, toy
-from workbench import measuring
 from workbench.builder import Builder
 from workbench.errors import FieldError, WorkbenchError
 from workbench.generation import SamplingConfig, generate
@@ -42,7 +42,7 @@ def test_each_token_of_a_generation_feeds_the_next() -> None:
 
 def test_a_generation_s_time_is_cut_where_its_tokens_are(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     model = diary()
     plain = model.prefill
 
