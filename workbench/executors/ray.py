@@ -115,11 +115,13 @@ class _Flight:
 
     Attributes:
         there: a reference that is ready once the actor has found a node and started.
+        heard: messages of the task that came so far.
     """
 
     task: Task
     actor: Any
     there: Any
+    heard: int = 0
 
 
 class RayExecutor(Executor):
@@ -213,6 +215,7 @@ class RayExecutor(Executor):
             here = self._ray.get_runtime_context().get_node_id()
             options["scheduling_strategy"] = On(here, soft=True)
         self._mailbox = self._ray.remote(Mailbox).options(**options).remote()
+        self._ray.wait([self._mailbox.is_there.remote()], timeout=CHECK)
         self._mail = self._mailbox.take.remote()
 
     def submit(self, task: Task) -> None:
@@ -265,7 +268,7 @@ class RayExecutor(Executor):
                 refs = [self._mail, *self._busy]
                 ready, _ = self._ray.wait(refs, num_returns=1, timeout=max(0.0, left))
             self._deliver(ready, heard)
-            ended = [self._end(ref) for ref in ready if ref in self._busy]
+            ended = [self._end(ref, heard) for ref in ready if ref in self._busy]
             if ended or (until is not None and time.monotonic() >= until):
                 return ended
         return []
@@ -275,21 +278,32 @@ class RayExecutor(Executor):
             return
         messages = self._get(self._mail) or []
         self._mail = self._mailbox.take.remote()
-        flying = {flight.task.number for flight in self._busy.values()}
+        flying = {flight.task.number: flight for flight in self._busy.values()}
         for number, message in messages:
-            if number in flying:  # a message may come after its trial's verdict
+            if number in flying:  # not of a trial that was given up
+                flying[number].heard += 1
                 heard(number, message)
 
-    def _end(self, ref: Any) -> Ended:
-        flight = self._busy.pop(ref)
+    def _catch_up(self, flight: _Flight, sent: int, heard: Heard) -> None:
+        """Deliver what was sent before a verdict, which may overtake it."""
+        until = time.monotonic() + REACH  # a mailbox that died has lost its messages
+        while flight.heard < sent and (left := until - time.monotonic()) > 0:
+            ready, _ = self._ray.wait([self._mail], timeout=left)
+            self._deliver(ready, heard)
+
+    def _end(self, ref: Any, heard: Heard) -> Ended:
+        flight = self._busy[ref]
         number, actor = flight.task.number, flight.actor
         try:
             answer = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
+            del self._busy[ref]
             self._kill(actor)
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = f"its Ray node or actor is gone: {lines[0] if lines else error!r}"
             return number, Verdict(outcome="crashed", reason=reason)
+        self._catch_up(flight, answer.get("sent", 0), heard)
+        del self._busy[ref]
         self._idle.append(actor)
         if "failed" in answer:
             raise WorkbenchError(f"no worker could be started on {answer['failed']}")

@@ -33,12 +33,19 @@ class Slot:
         self._executor = ProcessExecutor(Job.from_dict(job))
 
     def judge(self, task: dict[str, Any], mailbox: Any) -> dict[str, Any]:
-        """The `verdict` on a task; or why no trial can be judged here, as `failed`."""
+        """The `verdict` on a task, and how many messages were `sent` before it.
+
+        Where no trial can be judged: why, as `failed`.
+        """
         if not sees(self._token):
             folder = Path(self._token).parent.parent
             return {"failed": f"the node {socket.gethostname()} does not share {folder}"}
 
+        sent = 0
+
         def heard(number: int, message: dict[str, Any]) -> None:
+            nonlocal sent
+            sent += 1
             mailbox.put.remote(number, message)
 
         try:
@@ -48,7 +55,7 @@ class Slot:
                 ended = self._executor.wait(heard)
         except Exception as error:  # as words: not every exception survives the way back
             return {"failed": f"{socket.gethostname()}: {error}"}
-        return {"verdict": ended[0][1].to_dict()}
+        return {"verdict": ended[0][1].to_dict(), "sent": sent}
 
     def is_there(self) -> bool:
         """Answers once the actor has found a node and started."""
@@ -65,6 +72,10 @@ class Mailbox:
     def __init__(self) -> None:
         self._messages: list[tuple[int, dict[str, Any]]] = []
         self._arrived = asyncio.Event()
+
+    async def is_there(self) -> bool:
+        """Answers once the actor has started."""
+        return True
 
     async def put(self, number: int, message: dict[str, Any]) -> None:
         self._messages.append((number, message))
