@@ -1,16 +1,22 @@
-"""Searchers on a tabulated space: hypervolume regret at equal training compute.
+"""Searchers at equal training compute: ours beside Optuna's alone.
 
     python benchmarks/search.py --tabulate studies/oracle_tiny.toml TABLE.json   trains every layout
-    python benchmarks/search.py TABLE.json [--seeds 10]                          compares searchers
+    python benchmarks/search.py TABLE.json [--seeds 10]                          regret on that
+    python benchmarks/search.py --train studies/search_tiny.toml [--trainings 40] [--seeds 5]
 
 A table holds the figures of every layout of a study's space, by real training, at each rung and at
 the end. Searchers are then replayed on it, and charged the training steps that they would have
-spent. Their budget is a quarter of the steps that training every layout takes. Random search,
-NSGA-II and TPE are Optuna's alone: every suggestion that can be built is trained to the end, known
-or not. `workbench` is the study's own loop (`scheduler.py`, on a storage of its own) with an
-executor that looks figures up: known layouts are not trained again, and rungs stop trainings.
+spent. Their budget is a quarter of the steps that training every layout takes. `--train` does the
+same on a space too large for a table: a layout is trained when a searcher first asks for it.
 
-Regret is 1 minus the found share of the true front's hypervolume (`workbench/regret.py`).
+Random search, NSGA-II and TPE are Optuna's alone: every suggestion that can be built is trained to
+the end, known or not. `workbench` is the study's own loop (`scheduler.py`, on a storage of its own)
+with an executor that looks figures up: known layouts are not trained again, and rungs stop
+trainings. `workbench, no rungs` is the same without them.
+
+Regret is 1 minus the found share of the true front's hypervolume (`workbench/regret.py`). With
+`--train` nobody knows the true front; the front of all that any searcher trained stands for it,
+and the hypervolume is a share of that front's.
 """
 
 from __future__ import annotations
@@ -19,24 +25,41 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import platform
 import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import optuna
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.search_table import (
+    BUDGET,
+    Figures,
+    History,
+    Table,
+    Trainings,
+    tabulate,
+    values,
+    verdict_of,
+)
 from workbench import storage
 from workbench.builder import Builder, default_builder
+from workbench.environment import package_versions, processor_name
 from workbench.errors import FieldError, WorkbenchError
 from workbench.executors import Ended, Executor, Heard, Task
 from workbench.files import read_json, write_json
 from workbench.identity import identity
 from workbench.ledger import Ledger, objectives_of
-from workbench.oracle import Oracle
 from workbench.parents import joined
 from workbench.regret import Regret
 from workbench.reporter import Reporter
@@ -44,117 +67,50 @@ from workbench.rungs import Rungs
 from workbench.scheduler import Scheduler
 from workbench.space import Space
 from workbench.study import study_record
-from workbench.study_config import StudyConfig
 from workbench.trial import Workplace
 from workbench.verdict import PAUSED, Verdict
 
-BUDGET = 0.25  # of the steps that training every layout takes
 SHARES = (0.1, BUDGET)
+HALF = 0.5
 ASKS = 20  # suggestions a layout of the budget, after which a plain searcher is given up
-History = list[tuple[int, str]]  # steps spent when a training ended, and its layout
+TPE = "TPE (multivariate, group)"
+OWN = "workbench"
+OPTUNAS: dict[str, dict[str, Any]] = {
+    "random": {"class": "optuna.samplers.RandomSampler"},
+    "NSGA-II": {"class": "optuna.samplers.NSGAIISampler"},
+    TPE: {"class": "optuna.samplers.TPESampler", "multivariate": True, "group": True},
+}
+SEARCHERS = (*OPTUNAS, f"{OWN}, no rungs", OWN)
 
 
-def tabulate(study: Path, runs: Path) -> dict[str, Any]:
-    """Train every layout of a study's space (or go on with that); the table as JSON data."""
-    config = StudyConfig.read(study)
-    oracle = Oracle(config, runs)
-    truth = oracle.tabulate(_Lines())
-    rows = [
-        {
-            "layout_hash": trial.data["layout_hash"],
-            "pattern": trial.pattern,
-            "params": trial.params,
-            "outcome": trial.outcome,
-            "metrics": trial.metrics,
-            "rungs": [
-                {name: rung[name] for name in ("step", "tokens", "metrics")}
-                for rung in trial.data["rungs"]
-            ],
-            "seconds": trial.data["seconds"],
-        }
-        for trial in truth.trials()
-    ]
-    return {
-        "config": config.to_dict(),
-        "vocab_size": oracle.place.data.vocab_size,
-        "steps": oracle.place.training.steps,
-        "objectives": [dataclasses.asdict(objective) for objective in truth.objectives],
-        "environment": next((t.environment for t in truth.trials() if t.environment), {}),
-        "layouts": rows,
-    }
-
-
-class _Lines(Reporter):
-    """A line a layout on standard error."""
-
-    def trial_finished(self, trial: Any) -> None:
-        print(trial.number, trial.pattern, trial.outcome, trial.metrics, file=sys.stderr)
-
-
-class Table:
-    """A tabulated space.
-
-    Attributes:
-        rows: by layout hash.
-        steps: of a whole training.
-        budget: steps that a searcher may spend.
-    """
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        self.config = StudyConfig.from_dict(data["config"])
-        self.vocab_size: int = data["vocab_size"]
-        self.steps: int = data["steps"]
-        self.rows: dict[str, Any] = {row["layout_hash"]: row for row in data["layouts"]}
-        self.objectives: list[dict[str, str]] = data["objectives"]
-        self.trainable = sum(row["outcome"] != "infeasible" for row in self.rows.values())
-        self.budget = math.floor(BUDGET * self.trainable * self.steps)
-        complete = [name for name, row in self.rows.items() if row["outcome"] == "complete"]
-        self.points = {name: self._point(self.rows[name]) for name in complete}
-        self.regret = Regret(list(self.points.values()))
-
-    def values(self, row: dict[str, Any]) -> list[float]:
-        """A complete layout's objectives."""
-        return [row["metrics"][objective["name"]] for objective in self.objectives]
-
-    def _point(self, row: dict[str, Any]) -> list[float]:
-        signs = [1.0 if o["direction"] == "minimize" else -1.0 for o in self.objectives]
-        return [sign * value for sign, value in zip(signs, self.values(row), strict=True)]
-
-    def regret_at(self, history: History, share: float) -> float:
-        """The regret after a share of the steps that training every layout takes."""
-        limit = share * self.trainable * self.steps
-        found = {name for spent, name in history if spent <= limit}
-        return self.regret.of([self.points[name] for name in found if name in self.points])
-
-
-def plain(table: Table, builder: Builder, sampler: Any) -> History:
+def plain(figures: Figures, builder: Builder, sampler: Any) -> History:
     """Optuna alone: what can be built is trained to the end, known or not."""
-    space = Space(table.config.space, builder, table.vocab_size)
+    space = Space(figures.config.space, builder, figures.vocab_size)
     study = optuna.create_study(
         sampler=sampler,
         directions=[
             optuna.study.StudyDirection[objective["direction"].upper()]
-            for objective in table.objectives
+            for objective in figures.objectives
         ],
     )
     history: History = []
     spent = 0
-    for _ in range(ASKS * math.ceil(table.budget / table.steps)):
-        if spent + table.steps > table.budget:
+    for _ in range(ASKS * math.ceil(figures.budget / figures.steps)):
+        if spent + figures.steps > figures.budget:
             break
         trial = study.ask()
         try:
-            row = table.rows[space.suggest(trial).hash]
+            row = figures.row(space.suggest(trial))
         except FieldError:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue
         if row["outcome"] == "infeasible":  # told by the layout alone: costs no training
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             continue
-        spent += table.steps
+        spent += figures.steps
         history.append((spent, row["layout_hash"]))
         if row["outcome"] == "complete":
-            study.tell(trial, table.values(row))
+            study.tell(trial, values(figures, row))
         else:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
     return history
@@ -164,11 +120,11 @@ class SpentError(WorkbenchError):
     """The searcher's budget is spent."""
 
 
-class TableExecutor(Executor):
+class ReplayExecutor(Executor):
     """Looks trainings up, and counts the steps that they would have taken."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, figures: Figures) -> None:
+        self.figures = figures
         self.history: History = []
         self.spent = 0
         self._task: Task | None = None
@@ -185,20 +141,15 @@ class TableExecutor(Executor):
         if task is None:
             return []
         passed = list((task.begun or {}).get("rungs", ()))
-        self.spent += (task.stop or self.table.steps) - (passed[-1]["step"] if passed else 0)
-        if self.spent > self.table.budget:
+        self.spent += (task.stop or self.figures.steps) - (passed[-1]["step"] if passed else 0)
+        if self.spent > self.figures.budget:
             raise SpentError("the budget is spent")
-        row = self.table.rows[task.layout.hash]
+        row = self.figures.row(task.layout)
         if task.stop is not None and len(row["rungs"]) > len(passed):
             rung = {**row["rungs"][len(passed)], "seconds": 0.0}
             return [(task.number, Verdict(outcome=PAUSED, rungs=[*passed, rung]))]
         self.history.append((self.spent, task.layout.hash))
-        seconds = {"training": float(row["seconds"])}
-        metrics = dict(row["metrics"])
-        found = Verdict(
-            outcome=row["outcome"], metrics=metrics, rungs=passed, stage_seconds=seconds
-        )
-        return [(task.number, found)]
+        return [(task.number, verdict_of(row, passed))]
 
     def cancel(self) -> None:
         self._task = None
@@ -207,17 +158,21 @@ class TableExecutor(Executor):
         self.cancel()
 
 
-def own(table: Table, builder: Builder, seed: int, cache: Path) -> History:
+def own(
+    figures: Figures, builder: Builder, seed: int, cache: Path, *, rungs: bool = True
+) -> History:
     """The study's own loop, on a storage of its own."""
     config = dataclasses.replace(
-        table.config,
+        figures.config,
         seed=seed,
-        budget=dataclasses.replace(table.config.budget, trials=1_000_000, seconds=None),
+        budget=dataclasses.replace(figures.config.budget, trials=1_000_000, seconds=None),
     )
+    if not rungs:
+        config = dataclasses.replace(config, rungs=dataclasses.replace(config.rungs, at=()))
     place = Workplace(config, builder, "cpu", cache)
     space = Space(config.space, builder, place.data.vocab_size)
-    rungs = Rungs(config.rungs, place.metrics, config.objectives, place.training.steps)
-    executor = TableExecutor(table)
+    passing = Rungs(config.rungs, place.metrics, config.objectives, place.training.steps)
+    executor = ReplayExecutor(figures)
     facts = study_record(place, space, identity(place, space))
     with tempfile.TemporaryDirectory() as name, joined(Path(name) / "study") as parent:
         objectives = objectives_of(place.metrics, config.objectives)
@@ -225,55 +180,120 @@ def own(table: Table, builder: Builder, seed: int, cache: Path) -> History:
         ledger.open(config.name, facts)
         with contextlib.suppress(SpentError):
             try:
-                Scheduler(place, space, ledger, rungs, Reporter(), executor).run()
+                Scheduler(place, space, ledger, passing, Reporter(), executor).run()
             except WorkbenchError as error:  # every layout is known before the budget is spent
                 if "exhausted" not in str(error):
                     raise
     return executor.history
 
 
-def searchers(table: Table, builder: Builder, cache: Path) -> dict[str, Callable[[int], History]]:
-    """What is compared: a seed to a history each."""
-
-    def optunas(name: str, **options: Any) -> Callable[[int], History]:
-        arguments = {"class": f"optuna.samplers.{name}", **options}
-        return lambda seed: plain(table, builder, storage.make_sampler(arguments, seed))
-
-    return {
-        "random": optunas("RandomSampler"),
-        "NSGA-II": optunas("NSGAIISampler"),
-        "TPE (multivariate, group)": optunas("TPESampler", multivariate=True, group=True),
-        "workbench": lambda seed: own(table, builder, seed, cache),
-    }
+def search(figures: Figures, name: str, seed: int) -> History:
+    """One searcher's run."""
+    builder = default_builder(figures.config.plugin_dirs)
+    if name in OPTUNAS:
+        return plain(figures, builder, storage.make_sampler(OPTUNAS[name], seed))
+    with tempfile.TemporaryDirectory() as cache:
+        return own(figures, builder, seed, Path(cache), rungs=name == OWN)
 
 
-def compare(table: Table, seeds: Sequence[int], names: Sequence[str] = ()) -> list[str]:
-    """The markdown table: mean and standard error of the regret, over seeds.
+def _search(opened: Callable[[], Figures], name: str, seed: int) -> History:
+    """The same in a process of its own."""
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    return search(opened(), name, seed)
+
+
+def histories(
+    opened: Callable[[], Figures], seeds: Sequence[int], names: Sequence[str], jobs: int
+) -> Iterator[tuple[str, list[History]]]:
+    """Of every searcher, one a seed, as they come.
 
     Args:
-        names: of the searchers; all if empty.
+        opened: gives the figures, in whatever process it is called.
+        jobs: processes; 1 for none but this.
     """
-    builder = default_builder(table.config.plugin_dirs)
+    if jobs == 1:
+        figures = opened()
+        for name in names:
+            yield name, [search(figures, name, seed) for seed in seeds]
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        runs = {n: [pool.submit(_search, opened, n, seed) for seed in seeds] for n in names}
+        for name, futures in runs.items():
+            yield name, [future.result() for future in futures]
+
+
+def compare(
+    table: Table, seeds: Sequence[int], names: Sequence[str] = SEARCHERS, jobs: int = 1
+) -> Iterator[str]:
+    """Lines of the markdown table: mean and standard error of the regret, over seeds."""
     heads = [*(f"regret at {share:.0%} of the compute" for share in SHARES), "trained to the end"]
-    lines = [f"| searcher | {' | '.join(heads)} |", f"|---{'|---:' * len(heads)}|"]
-    with tempfile.TemporaryDirectory() as cache:
-        for name, search in searchers(table, builder, Path(cache)).items():
-            if names and name not in names:
-                continue
-            histories = [search(seed) for seed in seeds]
-            cells = [
-                mean([100 * table.regret_at(history, share) for history in histories], " %")
-                for share in SHARES
-            ]
-            cells.append(mean([float(len({n for _, n in history})) for history in histories]))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    yield f"| searcher | {' | '.join(heads)} |"
+    yield f"|---{'|---:' * len(heads)}|"
+    for name, found in histories(partial(_same, table), seeds, names, jobs):
+        cells = [
+            mean([100 * table.regret_at(history, share) for history in found], " %")
+            for share in SHARES
+        ]
+        cells.append(mean([float(len({n for _, n in history})) for history in found]))
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
-def mean(values: Sequence[float], unit: str = "") -> str:
+def _same(table: Table) -> Table:
+    return table
+
+
+def race(
+    trainings: Trainings,
+    opened: Callable[[], Figures],
+    seeds: Sequence[int],
+    names: Sequence[str] = SEARCHERS,
+    jobs: int = 1,
+) -> Iterator[str]:
+    """Lines of the markdown table: hypervolume at equal compute, and what TPE's took.
+
+    The last column is the compute after which a searcher's mean hypervolume is TPE's at the end.
+    """
+    found = dict(histories(opened, seeds, names, jobs))
+    points = trainings.points()
+    regret = Regret(list(points.values()))
+
+    def volumes(name: str, share: float) -> list[float]:
+        limit = share * trainings.budget
+        return [
+            1 - regret.of([points[n] for spent, n in history if spent <= limit and n in points])
+            for history in found[name]
+        ]
+
+    goal = statistics.fmean(volumes(TPE, 1.0))
+    heads = ["half the compute", "all of it", "÷ TPE's", "equals TPE's after", "trained to the end"]
+    yield f"| searcher | hypervolume at {' | '.join(heads)} |"
+    yield f"|---{'|---:' * len(heads)}|"
+    for name in names:
+        end = volumes(name, 1.0)
+        shares = [share / 100 for share in range(1, 101)]
+        after = next((s for s in shares if statistics.fmean(volumes(name, s)) >= goal), None)
+        cells = [
+            mean([100 * volume for volume in volumes(name, HALF)], " %"),
+            mean([100 * volume for volume in end], " %"),
+            f"{statistics.fmean(end) / goal:.3f}",
+            "–" if after is None else f"{after:.0%}",
+            mean([float(len({n for _, n in history})) for history in found[name]]),
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def mean(numbers: Sequence[float], unit: str = "") -> str:
     """Mean and standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):.2f} ± {error:.2f}{unit}"
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return f"{statistics.fmean(numbers):.2f} ± {error:.2f}{unit}"
+
+
+def surroundings() -> str:
+    """Device, versions and date."""
+    versions = package_versions(("torch", "optuna"))
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    python = platform.python_version()
+    return f"{processor_name()}, Python {python}, {named}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def main() -> int:
@@ -282,26 +302,45 @@ def main() -> int:
     )
     parser.add_argument("table", nargs="?", type=Path, help="a table of --tabulate")
     parser.add_argument("--tabulate", nargs=2, type=Path, metavar=("STUDY.toml", "OUT.json"))
+    parser.add_argument("--train", type=Path, metavar="STUDY.toml", help="train what is asked for")
+    parser.add_argument("--trainings", type=int, default=40, help="whole ones, of each --train run")
     parser.add_argument("--seeds", type=int, default=10, help="how many, at least 5")
+    parser.add_argument("--jobs", type=int, default=1, help="searches at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="keeps what is trained")
     options = parser.parse_args()
-    if (options.table is None) == (options.tabulate is None) or options.seeds < 5:
-        parser.error("give a table (and at least 5 seeds), or --tabulate STUDY.toml OUT.json")
+    asked = [options.table, options.tabulate, options.train]
+    if sum(one is not None for one in asked) != 1 or options.seeds < 5:
+        parser.error("give a table, --train or --tabulate; and at least 5 seeds")
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     try:
-        if options.tabulate is not None:
-            study, out = options.tabulate
-            write_json(out, tabulate(study, options.runs))
-        else:
-            table = Table(read_json(options.table))
-            outcomes = f"{len(table.rows)} layouts, {table.trainable} of them trainable"
-            print(f"{table.config.name}: {outcomes}, {table.steps} steps each; {options.seeds}")
-            print("seeds, mean ± standard error.\n")
-            print("\n".join(compare(table, range(options.seeds))))
+        run(options)
     except WorkbenchError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if options.tabulate is not None:
+        study, out = options.tabulate
+        write_json(out, tabulate(study, options.runs))
+        return
+    seeds = range(options.seeds)
+    if options.table is not None:
+        table = Table(read_json(options.table))
+        head = f"{table.config.name}: {len(table.rows)} layouts, {table.trainable} of them "
+        head += f"trainable, {table.steps} steps each"
+        lines = compare(table, seeds, jobs=options.jobs)
+    else:
+        opened = partial(Trainings, options.train, options.runs, options.trainings)
+        trainings = opened()
+        head = f"{trainings.config.name}: {options.trainings} trainings of {trainings.steps} steps"
+        lines = race(trainings, opened, seeds, jobs=options.jobs)
+    print(f"{surroundings()}\n")
+    print(f"{head}; {options.seeds} seeds, mean ± standard error.\n", flush=True)
+    for line in lines:
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench import config as configs
 from workbench.errors import WorkbenchError
 from workbench.layer import PLAIN, Context
-from workbench.testing import LayerContract
 from workbench_attention.attention import Attention
 
 D_MODEL = 32
@@ -63,12 +62,6 @@ def tokens(batch: int, length: int, seed: int = 1, dtype: torch.dtype = torch.fl
 def relative(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max())
-
-
-class TestContract(LayerContract):
-    layer = Attention
-    # A window of one token sees no prefix, which the suite wants to see.
-    configs = tuple(config(option) for option in OPTIONS if option != "window-1")
 
 
 @each_option

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import FieldError
-from workbench.testing import LayerContract
 from workbench_mamba.bitlinear import BitLinear, quantize_activations, ternarize
 from workbench_mamba.bitlinear_mamba import BitLinearMamba
 from workbench_mamba.mamba import Mamba
@@ -160,16 +159,6 @@ FLAGS = [
     for dt_proj in (False, True)
     for dt_bc_norm in (False, True)
 ]
-
-
-class TestContract(LayerContract):
-    layer = BitLinearMamba
-    configs = (
-        BitLinearMamba.Config(),
-        BitLinearMamba.Config(bit_x_proj=True, bit_dt_proj=True, dt_bc_norm=True, bias=True),
-    )
-    straight_through = True
-    float32_tolerance = 2e-2  # where an activation's rounding flips, by a level of its 127
 
 
 def build(**values: Any) -> BitLinearMamba:

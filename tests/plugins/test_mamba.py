@@ -20,7 +20,6 @@ from workbench.builder import Builder, default_builder
 from workbench.errors import FieldError
 from workbench.layer import Context
 from workbench.layout import Block, Layout
-from workbench.testing import LayerContract
 from workbench_mamba.mamba import Mamba
 
 D_MODEL = 32
@@ -84,14 +83,6 @@ def pair(family: str, values: dict[str, Any]) -> tuple[Mamba, nn.Module]:
     layer = Mamba(D_MODEL, Mamba.Config(**values, dt_bc_norm=family == "jamba"))
     layer.load_state_dict(reference.state_dict())
     return layer, reference.eval()
-
-
-class TestContract(LayerContract):
-    layer = Mamba
-    configs = (
-        Mamba.Config(),
-        Mamba.Config(d_state=8, d_conv=3, dt_rank=5, conv_bias=False, bias=True, dt_bc_norm=True),
-    )
 
 
 FAMILIES = pytest.mark.parametrize("family", ["mamba", "jamba"])

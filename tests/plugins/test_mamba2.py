@@ -25,7 +25,6 @@ from workbench.builder import Builder, default_builder
 from workbench.errors import FieldError
 from workbench.layer import Context
 from workbench.layout import Block, Layout
-from workbench.testing import LayerContract
 from workbench_mamba.bitlinear import BitLinear
 from workbench_mamba.common import is_plain
 from workbench_mamba.mamba2 import Mamba2
@@ -133,26 +132,6 @@ def assert_outputs_and_gradients_equal(layer: Mamba2, reference: nn.Module) -> N
     for key, gradient in gradients.items():
         assert gradient is not None
         assert relative(actual_gradients[key], gradient) < 1e-4, key
-
-
-class TestContract(LayerContract):
-    layer = Mamba2
-    configs = (
-        Mamba2.Config(**SMALL),
-        Mamba2.Config(
-            d_state=8,
-            d_conv=2,
-            headdim=12,
-            num_heads=4,
-            n_groups=2,
-            chunk_size=16,
-            conv_bias=False,
-            bias=True,
-            grouped_norm=True,
-            dt_limit_min=0.01,
-            dt_limit_max=0.05,
-        ),
-    )
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))

@@ -19,7 +19,6 @@ from workbench import config as configs
 from workbench.builder import default_builder
 from workbench.errors import FieldError
 from workbench.layer import Layer
-from workbench.testing import LayerContract
 from workbench_mlp.relu2 import ReLU2MLP
 from workbench_mlp.swiglu import SwiGLU
 from workbench_mlp.width import intermediate_size
@@ -40,16 +39,6 @@ def build(mlp: type[Layer], d_model: int, **values: Any) -> Layer:
 def relative(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max())
-
-
-class TestSwiGLUContract(LayerContract):
-    layer = SwiGLU
-    configs = (SwiGLU.Config(), SwiGLU.Config(intermediate_size=50, bias=True))
-
-
-class TestReLU2Contract(LayerContract):
-    layer = ReLU2MLP
-    configs = (ReLU2MLP.Config(), ReLU2MLP.Config(intermediate_size=50, bias=True))
 
 
 def theirs(mlp: type[Layer], bias: bool) -> nn.Module:

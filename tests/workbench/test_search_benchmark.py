@@ -10,7 +10,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from benchmarks.search import BUDGET, Table, compare, own, plain, tabulate
+from benchmarks.search import compare, histories, own, plain, race
+from benchmarks.search_table import BUDGET, Table, Trainings, tabulate
 from tests.workbench.conftest import TOYS
 from workbench.builder import default_builder
 from workbench.enumeration import enumerate_space
@@ -95,11 +96,42 @@ def test_the_own_loop_trains_nothing_twice_and_stops_at_rungs(data, tmp_path):
 
 
 def test_the_comparison_is_a_markdown_table(data):
-    lines = compare(Table(data), range(5), ["random", "TPE (multivariate, group)"])
+    lines = list(compare(Table(data), range(5), ["random", "TPE (multivariate, group)"]))
     assert len(lines) == 4
     assert lines[2].startswith("| random | ")
     assert lines[3].count("±") == 3
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_what_is_asked_for_is_trained_once_as_the_table_has_it(data, tmp_path):
+    study = tmp_path / "toys.toml"
+    study.write_text(TOY)
+    trainings = Trainings(study, tmp_path / "runs", trainings=5)
+    names = ["TPE (multivariate, group)", "workbench"]
+    found = dict(histories(lambda: trainings, range(2), names, jobs=1))
+    assert {len(history) for history in found[names[0]]} == {5}
+    assert all(history for history in found[names[1]])
+    known = {row["layout_hash"]: row for row in data["layouts"]}
+    kept = [json.loads(path.read_text()) for path in trainings.folder.glob("*.json")]
+    assert {name for histories in found.values() for h in histories for _, name in h} <= {
+        row["layout_hash"] for row in kept
+    }
+    for row in kept:
+        assert row["metrics"] == known[row["layout_hash"]]["metrics"]
+        assert row["rungs"] == known[row["layout_hash"]]["rungs"]
+
+
+def test_a_race_compares_with_tpe(tmp_path):
+    study = tmp_path / "toys.toml"
+    study.write_text(TOY)
+    trainings = Trainings(study, tmp_path / "runs", trainings=4)
+    names = ["random", "TPE (multivariate, group)", "workbench"]
+    lines = list(race(trainings, lambda: trainings, range(2), names))
+    assert len(lines) == 5
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[0] for row in cells] == names
+    assert cells[1][3] == "1.000"
+    assert cells[1][4] != "–"  # it comes to where it ends
 
 
 def test_the_study_that_is_tabulated(tmp_path):
