@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,7 +72,8 @@ def replayed(
 ) -> tuple[Replay | None, str]:
     """The suggestion of `space` that makes `layout`, out of the parameters of another space.
 
-    A parameter that the other space had fixed gets the value that makes the same layout.
+    A parameter that the other space had fixed gets the value that makes the same layout. One of a
+    single block, where the other space chose for all alike, gets what the layout says of the block.
 
     Args:
         known: values of such parameters, found with earlier layouts; what is found is added.
@@ -79,9 +81,10 @@ def replayed(
     Returns:
         The suggestion and "", or None and why there is none.
     """
-    reason = "gives another layout in the new space"
+    reason = "another layout in the new space"
     tries = 0
-    waiting: list[dict[str, Any]] = [dict(params)]
+    read = itertools.islice(space.read(layout), MOST_TRIES)
+    waiting = [{**blocks, **params} for blocks in read][::-1]
     while waiting and tries < MOST_TRIES:
         tries += 1
         replay = Replay(waiting.pop())

@@ -7,6 +7,7 @@
     placements = ["periodic", "sandwich"]
     mlps = ["swiglu", "none"]                   # after every mixer
     quantizers = ["none", "int8"]
+    per_block = ["quantizer"]                   # each block its own: also "mlp", "layers"
 
     [space.layers.mamba2]
     d_state = [16, 32]
@@ -15,37 +16,38 @@
 Fields of layers and quantizers that are not named keep their defaults; fields of placement
 policies that are not named are searched over the range they declare.
 
-Neither torch nor Optuna is imported here: anything with Optuna's `suggest_*` methods will do.
+A parameter is named after its field (`mamba2.d_state`), one of a single block after its layer too
+(`mamba2.d_state.3`; `space_blocks` has them all). Neither torch nor Optuna is imported here:
+anything with Optuna's `suggest_*` methods will do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from workbench import config as configs
-from workbench.config import Choice, Domain, Mixer, PerLayer, Range
+from workbench.config import Choice, Mixer, PerLayer
 from workbench.errors import FieldError, UnknownNameError
-from workbench.layout import Block, Layout, Named, canonical_json
+from workbench.layout import Layout, canonical_json
+from workbench.space_blocks import NONE as NONE
+from workbench.space_blocks import PER_BLOCK, BlockChoices
+from workbench.space_sources import (
+    Source,
+    Suggester,
+    choose,
+    draw,
+    draw_config,
+    read_source,
+    refuse_below_one,
+    to_data,
+)
 
 if TYPE_CHECKING:
     from workbench.builder import Builder
     from workbench.registry import Registry
-
-NONE = "none"
-SEARCH = "search"
-
-
-class Suggester(Protocol):
-    """The part of `optuna.Trial` that a space needs."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class SpaceConfig:
         mlps: what follows every mixer; `"none"` for nothing.
         quantizers: how weights are stored; `"none"` for as trained.
         layers, placement, quantizer: overrides of Config fields, by name.
+        per_block: what each block chooses on its own: `"quantizer"`, `"mlp"`, `"layers"`.
         tie_embeddings, norm, norm_eps: as in Layout.
     """
 
@@ -71,13 +74,10 @@ class SpaceConfig:
     layers: dict[str, Any] = dataclasses.field(default_factory=dict)
     placement: dict[str, Any] = dataclasses.field(default_factory=dict)
     quantizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    per_block: tuple[str, ...] = ()
     tie_embeddings: bool = True
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
-
-
-Fixed = tuple[Any]  # a one-tuple: a value that is not searched
-Source = Domain | Fixed
 
 
 class Space:
@@ -99,11 +99,11 @@ class Space:
         self.vocab_size = vocab_size
         self._check_names()
         self._dims = {
-            name: _source(getattr(config, name), int, None, f"space.{name}")
+            name: read_source(getattr(config, name), int, None, f"space.{name}")
             for name in ("d_model", "num_layers")
         }
         for name, source in self._dims.items():
-            _refuse_below_one(f"space.{name}", source)
+            refuse_below_one(f"space.{name}", source)
         # Everything but width and blocks, checked once.
         self._layout = Layout.from_dict(
             {
@@ -133,6 +133,14 @@ class Space:
             for name in config.quantizers
             if name != NONE
         }
+        self._blocks = BlockChoices(
+            mixers=config.mixers,
+            mlps=config.mlps,
+            quantizers=config.quantizers,
+            layer_fields=self._layers,
+            quantizer_fields=self._quantizers,
+            per_block=config.per_block,
+        )
 
     def _check_names(self) -> None:
         config = self.config
@@ -145,12 +153,15 @@ class Space:
         for field, (registry, names) in registries.items():
             if not names:
                 raise FieldError(f"space.{field}", "name at least one")
-            if len(set(names)) != len(names):
-                raise FieldError(f"space.{field}", f"a name is there twice: {list(names)}")
+            _refuse_twice(field, names)
             for name in names:
                 if name == NONE and field in ("mlps", "quantizers"):
                     continue
                 require(registry, name, f"space.{field}", self._offerable(field))
+        _refuse_twice("per_block", config.per_block)
+        for name in config.per_block:
+            if name not in PER_BLOCK:
+                raise UnknownNameError("name in space.per_block", name, PER_BLOCK)
         for name in config.mixers:
             if self.builder.layers[name].kind == "mlp":
                 raise FieldError("space.mixers", f"{name!r} is an MLP: list it under space.mlps")
@@ -195,7 +206,7 @@ class Space:
         for field in declared.values():
             here = f"{where}.{field.name}"
             if field.name in given:
-                source = _source(given[field.name], field.type, field.domain, here)
+                source = read_source(given[field.name], field.type, field.domain, here)
             elif field.domain is not None and (searched or field.required):
                 source = field.domain
             elif field.required:
@@ -236,8 +247,10 @@ class Space:
         config = self.config
         tables = {"layers": self._layers, "placement": self._placements}
         tables["quantizer"] = self._quantizers
+        # Absent where it is empty: a study from before there was a choice a block goes on.
+        chosen = [name for name in PER_BLOCK if name in config.per_block]
         return {
-            **{name: _to_data(source) for name, source in self._dims.items()},
+            **{name: to_data(source) for name, source in self._dims.items()},
             "mixers": list(config.mixers),
             "placements": list(config.placements),
             "mlps": list(config.mlps),
@@ -246,14 +259,19 @@ class Space:
             "tie_embeddings": config.tie_embeddings,
             "norm": config.norm,
             "norm_eps": config.norm_eps,
+            **({"per_block": chosen} if chosen else {}),
             **{
                 table: {
-                    name: {field: _to_data(source) for field, source in sources.items()}
+                    name: {field: to_data(source) for field, source in sources.items()}
                     for name, sources in things.items()
                 }
                 for table, things in tables.items()
             },
         }
+
+    def read(self, layout: Layout) -> Iterator[dict[str, Any]]:
+        """The parameters of single blocks that make a resolved layout (`BlockChoices.read`)."""
+        return self._blocks.read(layout.blocks)
 
     def suggest(self, trial: Suggester) -> Layout:
         """The layout that the trial's suggestions make, resolved.
@@ -261,29 +279,17 @@ class Space:
         Raises:
             FieldError: these suggestions do not fit together; names the field.
         """
-        d_model = _draw(trial, "d_model", self._dims["d_model"])
-        num_layers = _draw(trial, "num_layers", self._dims["num_layers"])
+        d_model = draw(trial, "d_model", self._dims["d_model"])
+        num_layers = draw(trial, "num_layers", self._dims["num_layers"])
         mixers = self._place(trial, num_layers)
-        mlp = _choose(trial, "mlp", self.config.mlps)
-        used = dict.fromkeys([*mixers, mlp])
-        layers = {
-            name: self._config(trial, name, self._layers[name]) for name in used if name != NONE
-        }
-        quantizer = self._quantizer(trial)
-        block = {
-            name: Block(layer=name, config=config, quantizer=quantizer)
-            for name, config in layers.items()
-        }
-        layout = self._layout.replace(
-            d_model=d_model,
-            blocks=tuple(block[name] for mixer in mixers for name in (mixer, mlp) if name != NONE),
-        )
+        layout = self._layout.replace(d_model=d_model, blocks=self._blocks.draw(trial, mixers))
         return self.builder.resolve(layout)
 
     def _place(self, trial: Suggester, num_layers: int) -> tuple[str, ...]:
-        name = _choose(trial, "placement", self.config.placements)
+        name = choose(trial, "placement", self.config.placements)
         policy = self.builder.placements[name]
-        data = self._config(trial, name, self._placements[name], num_layers)
+        fields = self._placements[name]
+        data = draw_config(trial, fields, lambda field: f"{name}.{field}", num_layers)
         try:
             config: Any = configs.from_dict(policy.Config, data)
             placed = policy.place(num_layers, self.config.mixers, config)
@@ -298,25 +304,10 @@ class Space:
             )
         return placed
 
-    def _quantizer(self, trial: Suggester) -> Named | None:
-        name = _choose(trial, "quantizer", self.config.quantizers)
-        if name == NONE:
-            return None
-        return Named(name=name, config=self._config(trial, name, self._quantizers[name]))
 
-    def _config(
-        self, trial: Suggester, name: str, sources: Mapping[str, Source], num_layers: int = 0
-    ) -> dict[str, Any]:
-        values = {}
-        for field, source in sources.items():
-            if isinstance(source, PerLayer):
-                values[field] = [
-                    _draw(trial, f"{name}.{field}.{index}", source.inner)
-                    for index in range(num_layers)
-                ]
-            else:
-                values[field] = _draw(trial, f"{name}.{field}", source)
-        return values
+def _refuse_twice(field: str, names: tuple[str, ...]) -> None:
+    if len(set(names)) != len(names):
+        raise FieldError(f"space.{field}", f"a name is there twice: {list(names)}")
 
 
 def require(registry: Registry[Any], name: str, where: str, known: Iterable[str] = ()) -> None:
@@ -330,69 +321,3 @@ def require(registry: Registry[Any], name: str, where: str, known: Iterable[str]
     except UnknownNameError as error:
         kind = f"{error.kind} in {where}"
         raise UnknownNameError(kind, name, known or error.known, error.hint) from None
-
-
-def _source(value: Any, expected: Any, declared: Domain | None, where: str) -> Source:
-    """What a TOML value says of a field: a fixed value, a choice, a range, or the declared one."""
-    if value == SEARCH and (declared is not None or expected is not str):
-        if declared is None:
-            raise FieldError(
-                where,
-                'declares no search range: give a list or {low = …, high = …} in place of "search"',
-            )
-        return declared
-    if isinstance(value, Mapping):
-        return _range(value, expected, where)
-    if isinstance(value, list | tuple):
-        try:
-            # A field that holds a tuple takes a list as its value, not as choices.
-            return (configs.coerce(value, expected, where),)
-        except FieldError:
-            return Choice(*(configs.coerce(item, expected, where) for item in value))
-    return (configs.coerce(value, expected, where),)
-
-
-def _range(table: Mapping[str, Any], expected: Any, where: str) -> Range:
-    if not {"low", "high"} <= table.keys() <= {"low", "high", "step", "log"}:
-        raise FieldError(where, f"a range has low, high and perhaps step or log, got {dict(table)}")
-    types = {"low": expected, "high": expected, "step": expected, "log": bool}
-    try:
-        return Range(
-            **{end: configs.coerce(value, types[end], end) for end, value in table.items()}
-        )
-    except FieldError as error:
-        raise error.within(where) from None
-
-
-def _refuse_below_one(where: str, source: Source) -> None:
-    values: Any = source.values if isinstance(source, Choice) else source
-    lowest = source.low if isinstance(source, Range) else min(values)
-    if lowest < 1:
-        raise FieldError(where, f"must be at least 1, got {lowest}")
-
-
-def _choose(trial: Suggester, name: str, choices: tuple[str, ...]) -> str:
-    return str(_draw(trial, name, Choice(*choices)))
-
-
-def _draw(trial: Suggester, name: str, source: Any) -> Any:
-    if isinstance(source, tuple):
-        return source[0]
-    if isinstance(source, Choice):
-        if len(source.values) == 1:
-            return source.values[0]
-        return trial.suggest_categorical(name, list(source.values))
-    low, high, step = source.low, source.high, source.step
-    if isinstance(low, int) and isinstance(high, int) and (step is None or isinstance(step, int)):
-        return trial.suggest_int(name, low, high, step=step or 1, log=source.log)
-    return trial.suggest_float(name, low, high, step=step, log=source.log)
-
-
-def _to_data(source: Source) -> Any:
-    if isinstance(source, tuple):
-        return source[0]
-    if isinstance(source, Choice):
-        return list(source.values)
-    if isinstance(source, PerLayer):
-        return {"per_layer": _to_data(source.inner)}
-    return dataclasses.asdict(source)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from workbench.description_text import short_pattern
 from workbench.figures import figure
+from workbench.space_blocks import stored_as
 from workbench.text_table import Column
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def front_columns(study: Study, trials: Sequence[Trial]) -> list[Column]:
         *_metrics(study, trials, others, rank=len(objectives) + 1),
         Column(
             heading="quantizer",
-            cells=[str(trial.params.get("quantizer", "none")) for trial in trials],
+            cells=[stored_as(trial.params) or "none" for trial in trials],
             rank=len(objectives),
         ),
         Column(

@@ -10,6 +10,7 @@ from workbench.dashboard.quantities import Quantity
 from workbench.dashboard.strips import data_uri, pattern_svg
 from workbench.funnel import study_funnel
 from workbench.layout import Layout
+from workbench.space_blocks import stored_as
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from workbench.records import Trial
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
-QUANTIZER = "quantizer"  # the parameter that names what stores the weights
+QUANTIZER = "quantizer"  # the column of what stores the weights
 
 
 def study_table(studies: Sequence[CachedStudy]) -> pd.DataFrame:
@@ -86,7 +87,7 @@ def trial_table(
             else None,
         }
         row["outcome"] = trial.outcome.replace("_", " ")
-        row[QUANTIZER] = trial.params.get(QUANTIZER)
+        row[QUANTIZER] = stored_as(trial.params)
         for heading, quantity in headings.items():
             value = trial.metrics.get(quantity.name)
             row[heading] = None if value is None else value / divisors[quantity.name]
