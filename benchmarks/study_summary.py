@@ -19,7 +19,7 @@ from workbench.errors import WorkbenchError
 from workbench.figures import figure
 from workbench.records import Study, Trial, load_study
 
-STAGES = ("static", "measured", "training", "trained", "quantized")
+STAGES = ("static", "measured", "synthetic", "training", "trained", "quantized")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

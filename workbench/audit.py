@@ -1,8 +1,8 @@
 """How far a study's cheap signals agree with its full trainings: rank correlations and flips.
 
-A signal is any recorded figure that is not the objective itself: static and measured metrics, the
-figures of each rung, and trained metrics that were only reported (a synthetic recall, say). From
-records alone; numpy, no torch.
+A signal is any recorded figure that is not the objective itself: static, measured and synthetic
+metrics, the figures of each rung, and trained metrics that were only reported. From records alone;
+numpy, no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from workbench.errors import FieldError, WorkbenchError
+from workbench.metric import UNTRAINED
 from workbench.rank_correlation import kendall_tau
 from workbench.records import Objective, Study, Trial
 
@@ -116,6 +117,18 @@ class Audit:
                 f"{_trials(self.trials)} trained to the end: the intervals of so few are too "
                 "narrow."
             )
+        bounded = [one for one in self.agreements if one.low is not None]
+        few = [one for one in bounded if one.trials < FEW_TRIALS <= self.trials]
+        if few:
+            least = min(one.trials for one in few)
+            found.append(
+                f"{_names(few)}: known of {_trials(least)} only; such intervals are too narrow."
+            )
+        if same := [one for one in bounded if one.low == one.high]:
+            found.append(
+                f"{_names(same)}: an interval without width. The trials all agree on the order, so "
+                "drawing from them shows no doubt; others need not agree."
+            )
         if stopped := self.missing.get("stopped"):
             found.append(
                 f"Selection bias: {_trials(stopped)} that rungs stopped have no full training and "
@@ -175,6 +188,11 @@ def audit(study: Study, *, flips: int = 3, resamples: int = 2000, seed: int = 0)
     )
 
 
+def _names(agreements: Sequence[Agreement]) -> str:
+    """The signals, each once."""
+    return ", ".join(dict.fromkeys(one.signal for one in agreements))
+
+
 def _trials(count: int) -> str:
     return "1 trial" if count == 1 else f"{count:,} trials"
 
@@ -200,8 +218,8 @@ def _trained_objectives(study: Study, stages: Mapping[str, str]) -> list[Objecti
 
 
 def _signals(trials: Sequence[Trial], stages: Mapping[str, str]) -> list[Signal]:
-    """From cheap to dear: static, measured, rung by rung, then what training yields."""
-    order = ("static", "measured", "rung", *FULL)
+    """From cheap to dear: what is known untrained, rung by rung, then what training yields."""
+    order = (*UNTRAINED, "rung", *FULL)
     metrics = [
         Signal(
             name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from workbench.errors import WorkbenchError
 from workbench.files import read_json, write_json
 from workbench.parents import Parent
 
@@ -34,6 +35,7 @@ class Claims:
 
         Raises:
             DiskError: the claim cannot be written.
+            WorkbenchError: an earlier one cannot be read.
         """
         with self._parent.exclusive():
             holder = self.holder(layout_hash)
@@ -43,6 +45,18 @@ class Claims:
             return None
 
     def holder(self, layout_hash: str) -> int | None:
-        """The trial that claimed a layout last; None if none ever did."""
+        """The trial that claimed a layout last; None if none ever did.
+
+        Raises:
+            WorkbenchError: the claim cannot be read; says what to do.
+        """
         path = self.folder / layout_hash
-        return int(read_json(path)) if path.exists() else None
+        try:
+            found = read_json(path) if path.exists() else None
+            if found is None or type(found) is int:
+                return found
+            raise WorkbenchError(f"{path} names no trial")
+        except WorkbenchError as error:
+            raise WorkbenchError(
+                f"{error}. It is a claim on a layout: remove it while no process runs the study."
+            ) from None

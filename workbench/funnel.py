@@ -1,7 +1,7 @@
 """The funnel of a study: how many trials entered each stage, how they left it, what it took.
 
-Computed from records alone. The stages are in the order of their price: `static`, `measured`, a
-`rung` for each of the study's, `trained` (the rest of the training) and `quantized`.
+Computed from records alone. The stages are in the order of their price: `static`, `measured`,
+`synthetic`, a `rung` for each of the study's, `trained` (the rest of the training) and `quantized`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from workbench.metric import UNTRAINED
 from workbench.records import Study, Trial
 
 
@@ -50,12 +51,13 @@ def funnel(
     """The funnel of some trials of one study.
 
     Args:
-        stages: those that the study's metrics belong to; only `measured` may be left out.
+        stages: those that the study's metrics belong to; only `measured` and `synthetic` may be
+            left out.
         shares: of its rungs.
     """
     used = {*stages, "static", "trained", "quantized"}
     rungs = [f"rung {share:.3g}" for share in shares]
-    order = ["static", "measured", *rungs, "trained", "quantized"]
+    order = [*UNTRAINED, *rungs, "trained", "quantized"]
     found = {name: FunnelStage(name) for name in order if name in used or name in rungs}
     for trial in trials:
         if trial.outcome != "damaged":
@@ -66,7 +68,7 @@ def funnel(
 def _add(record: Mapping[str, Any], found: dict[str, FunnelStage], rungs: list[str]) -> None:
     last = _last_stage(record, rungs)
     carried = record.get("carried_rungs", 0)  # of the trial that this one repeats
-    skipped = {"measured", *rungs[:carried]} if carried else set()
+    skipped = {*UNTRAINED[1:], *rungs[:carried]} if carried else set()
     for name, stage in found.items():
         if name in skipped:
             continue
@@ -86,7 +88,7 @@ def _last_stage(record: Mapping[str, Any], rungs: list[str]) -> str:
     spent = record.get("stage_seconds", {})
     stage = record.get("stage")
     if stage is None:
-        dear = ("quantized", "trained", "training", "measured")
+        dear = ("quantized", "trained", "training", *reversed(UNTRAINED))
         stage = next((name for name in dear if name in spent), "static")
     if stage != "training":
         return str(stage)
@@ -103,7 +105,7 @@ def _seconds(record: Mapping[str, Any], rungs: list[str], last: str) -> dict[str
     own = list(enumerate(record.get("rungs", ())))[record.get("carried_rungs", 0) :]
     found = {rungs[index]: float(rung["seconds"]) for index, rung in own}
     paused = sum(found.values())
-    found |= {name: spent.get(name, 0.0) for name in ("static", "measured", "quantized")}
+    found |= {name: spent.get(name, 0.0) for name in (*UNTRAINED, "quantized")}
     whole = sum(spent.get(name, 0.0) for name in ("training", "rungs", "trained"))
     rest = "trained" if last in ("trained", "quantized") else last
     found[rest] = found.get(rest, 0.0) + max(0.0, whole - paused)

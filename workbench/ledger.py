@@ -74,6 +74,7 @@ class Ledger:
         self.stale = 0
         self.elsewhere: set[int] = set()
         self.claims = Claims(folder, parent, self._holds)
+        self._begun: dict[int, optuna.Trial] = {}  # by this process, and not finished
         self._settled: set[int] = set()
         self._seen: dict[int, tuple[int, int]] = {}  # unsettled records: time and size as read
 
@@ -131,6 +132,7 @@ class Ledger:
         """Write the first record of a trial and return it."""
         self.parent.in_flight.add(trial.number)
         self.parent.asking = False
+        self._begun[trial.number] = trial
         record = {
             "number": trial.number,
             "outcome": "running",
@@ -191,8 +193,9 @@ class Ledger:
             else None
         )
         self.write(record)
-        frozen = self.optuna.get_trials(deepcopy=False)[record["number"]]
-        self._settle(frozen, record)
+        # What it was asked for and drew since is known here: reading it again takes longer.
+        self._settle(self._begun[record["number"]]._cached_frozen_trial, record)
+        del self._begun[record["number"]]
         done = Study(self.folder).trial(record["number"])
         self.parent.in_flight.discard(done.number)
         self._settle_count(done)
@@ -367,7 +370,7 @@ def is_judged(trial: Trial) -> bool:
 
 def settles_layout(trial: Trial) -> bool:
     """Whether nobody need judge a trial's layout again."""
-    reached = {"training", "measured"} & set(trial.data.get("stage_seconds", {}))
+    reached = {"training", "measured", "synthetic"} & set(trial.data.get("stage_seconds", {}))
     return _is_final(trial) or (trial.outcome == "infeasible" and bool(reached))
 
 

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from workbench.evaluation import Evaluation
     from workbench.layout import Layout
     from workbench.model import HybridLM
+    from workbench.training_config import TrainingConfig
 
-Stage = Literal["static", "measured", "trained", "quantized"]
-STAGES: tuple[Stage, ...] = ("static", "measured", "trained", "quantized")
+Stage = Literal["static", "measured", "synthetic", "trained", "quantized"]
+STAGES: tuple[Stage, ...] = ("static", "measured", "synthetic", "trained", "quantized")
+UNTRAINED: tuple[Stage, ...] = ("static", "measured", "synthetic")  # known before the training
 
 
 class Metric(ABC):
@@ -30,8 +32,10 @@ class Metric(ABC):
         unit: of the figure (`"ms"`, `"bytes"`, `"bits/byte"`).
         direction: which way is better.
         stage: when a trial can know it, from cheap to dear: `"static"` from the layout alone;
-            `"measured"` on the built model, untrained; `"trained"` after training, weights as
-            trained; `"quantized"` after training on the weights as they will be stored.
+            `"measured"` on the built model, untrained; `"synthetic"` from the layout, by a small
+            training of the metric's own on another task (`workbench.synthetic`); `"trained"` after
+            training, weights as trained; `"quantized"` after training on the weights as they will
+            be stored.
         label: one line for people.
         at_rungs: whether a figure of the quantized stage may also be had, at a rung, of the partly
             trained and unquantized model, to compare it with other trials' there.
@@ -75,8 +79,10 @@ class Subject:
         layout: resolved, every default written out.
         builder: the registries that know its layers.
         device: where the trial runs.
-        model: None in the static stage.
+        model: None in the static and synthetic stages.
         data: None where the study trains nothing.
+        training: the study's; None where it trains nothing.
+        seed: of the trial's weights and data order.
         batch_size, length: of evaluation batches.
         extras: figures that a metric adds to the record beside its own (spread, say).
         notes: words that it adds: how the figure was had (`steps="cuda graph"`, say).
@@ -87,6 +93,8 @@ class Subject:
     device: str = "cpu"
     model: HybridLM | None = None
     data: DataSource | None = None
+    training: TrainingConfig | None = None
+    seed: int = 0
     batch_size: int = 8
     length: int = 256
     extras: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -96,7 +104,9 @@ class Subject:
     def built(self) -> HybridLM:
         """The model, or a WorkbenchError in a stage that has none."""
         if self.model is None:
-            raise WorkbenchError("this metric needs a built model: its stage cannot be 'static'")
+            raise WorkbenchError(
+                "this metric needs a built model: its stage cannot be 'static' or 'synthetic'"
+            )
         return self.model
 
     def costs(self, length: int) -> Costs:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import FieldError
-from workbench.metric import Metric, Subject
+from workbench.metric import UNTRAINED, Metric, Subject
 from workbench.study_config import RungsConfig
 from workbench.training import DivergedError
 
@@ -96,13 +96,21 @@ class Rungs:
         }
         trained = rung_metrics(metrics, objectives)
         self._trained = [name for name in objectives if name in trained]
-        early = ("static", "measured")
-        self._exact = [name for name in objectives if metrics[name].stage in early]
+        # Of these a trial has its final figures: no margin for what the training may still change.
+        self._final = [name for name in objectives if metrics[name].stage in UNTRAINED]
+        blind = [name for name in objectives if name not in (*self._final, *self._trained)]
         if self.steps and not self._trained:
             raise FieldError(
                 "rungs.at",
                 "no objective can be had from a partly trained model: choose one that can (of the "
                 "trained stage, or quantized with at_rungs), or leave the rungs away",
+            )
+        if self.steps and blind:
+            raise FieldError(
+                "rungs.at",
+                f"objective {blind[0]!r} cannot be had from a partly trained model (its metric "
+                "lacks at_rungs), so rungs would stop trials that are the best in it: make it a "
+                "figure of report, or leave the rungs away",
             )
 
     def next_step(self, passed: Sequence[Any]) -> int | None:
@@ -116,8 +124,8 @@ class Rungs:
             peers: trials of the study; those without this rung, or of the same layout, are none.
 
         Returns:
-            `decision` (`continue` or `stop`), the number of `peers`, and by which of them it is
-            `dominated_by`, the one with the lowest number.
+            `decision` (`continue` or `stop`), how many `peers` of different layouts there are, and
+            by which of them it is `dominated_by`, the one with the lowest number.
         """
         index = len(own.rungs) - 1
         here = [
@@ -125,8 +133,9 @@ class Rungs:
             for peer in peers
             if len(peer.rungs) > index and peer.layout_hash != own.layout_hash
         ]
-        facts: dict[str, Any] = {"decision": CONTINUE, "peers": len(here)}
-        if len({peer.layout_hash for peer in here}) < self.config.min_peers:
+        layouts = len({peer.layout_hash for peer in here})  # a trial and what repeats it are one
+        facts: dict[str, Any] = {"decision": CONTINUE, "peers": layouts}
+        if layouts < self.config.min_peers:
             return facts
         better = [peer.number for peer in here if self._dominates(peer, own, index)]
         return {**facts, "decision": STOP, "dominated_by": min(better)} if better else facts
@@ -134,7 +143,7 @@ class Rungs:
     def _dominates(self, peer: Peer, own: Peer, index: int) -> bool:
         """Pareto dominance, where figures of training must differ by the margin to count."""
         better = False
-        for names, margin in ((self._exact, 0.0), (self._trained, self.config.margin)):
+        for names, margin in ((self._final, 0.0), (self._trained, self.config.margin)):
             for name in names:
                 mine, theirs = self._figure(own, name, index), self._figure(peer, name, index)
                 if theirs + margin * abs(mine) > mine:
@@ -153,13 +162,14 @@ class Peers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "trials"
-        self._read: dict[Path, tuple[tuple[int, int], Peer | None]] = {}
+        self._read: dict[Path, tuple[tuple[int, ...], Peer | None]] = {}
 
     def now(self) -> list[Peer]:
         """By number. Trials that failed are none: they will be on no front."""
         for path in self._folder.glob("*/trial.json"):
             status = path.stat()
-            stamp = (status.st_mtime_ns, status.st_size)
+            # Two writes may share a tick of the clock and a size, but not a file.
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
             if path not in self._read or self._read[path][0] != stamp:
                 self._read[path] = (stamp, _peer(path))
         found = [peer for _, peer in self._read.values() if peer is not None]

@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.model import HybridLM
+
+if TYPE_CHECKING:
+    from workbench.builder import Builder
 
 ROWS, LENGTH = 2, 80  # longer than the usual chunk of 64, and no multiple of it
 # Relative to a block's largest output. Rounding moves earlier outputs by 1e-6 where a layer mixes
@@ -59,6 +62,18 @@ def first_without_number(model: HybridLM, length: int = LENGTH) -> str:
             model(_tokens(model, length))
     except FaultyLayerError as error:
         return str(error)
+    return ""
+
+
+def culprit(builder: Builder, model: HybridLM, length: int = LENGTH) -> str:
+    """`; blocks[…] … returns NaN`, if a block makes it of numbers now, or did at first; else empty.
+
+    Args:
+        model: whose training diverged: its weights may hold no numbers any more.
+    """
+    for candidate in (model, builder.build(model.layout, device=model.device)):
+        if found := first_without_number(candidate, length):
+            return f"; {found}"
     return ""
 
 

@@ -28,13 +28,19 @@ from workbench.refusals import Refusals
 from workbench.reporter import Reporter
 from workbench.rungs import STOP, Peers, Rungs, peer_of
 from workbench.space import Space
+from workbench.stages import first_dear_stage
 from workbench.trial import Workplace, judge_static
 from workbench.verdict import PAUSED, Verdict, verdict_of
 
 MAX_STALE = 100  # suggestions in a row without a new layout before the space counts as exhausted
 HOPELESS = 40  # the same where none was ever feasible: a mistake in the file, most likely
 KILLED = ("crashed", "timeout", "interrupted")  # in a stage that tells nothing of itself
-STAGES_OF_PHASES = {"measuring": "measured", "training": "training", "quantizing": "quantized"}
+STAGES_OF_PHASES = {
+    "measuring": "measured",
+    "practising": "synthetic",
+    "training": "training",
+    "quantizing": "quantized",
+}
 MAX_WAITING = storage.STALE  # trials that may wait for others of the same layout
 LOOK_AROUND = 60.0  # seconds between looks at what other processes on the study left
 POLL = 1.0  # the same while this one can only wait for them
@@ -50,7 +56,8 @@ class _Flight:
         judging: whether it is in the executor.
         layout: None until one came about; with one and not in the executor, it waits for another
             trial of the same layout.
-        stage: what the executor is at: `measured`, `training`, `trained` or `quantized`.
+        stage: what the executor is at: `measured`, `synthetic`, `training`, `trained` or
+            `quantized`.
         seconds: worked on it before `since`; what it waited is not in it.
         since: when the present work on it began, on `time.monotonic`; None while it waits.
     """
@@ -247,7 +254,10 @@ class Scheduler:
         trial, record = flight.trial, flight.record
         folder = self.ledger.path(trial.number)
         try:
-            with guarded("a placement policy or layer", self.place.builder.plugins.packages):
+            with (
+                storage.suggesting(trial.study),
+                guarded("a placement policy or layer", self.place.builder.plugins.packages),
+            ):
                 layout = self.space.suggest(trial)
         except (StorageInternalError, SQLAlchemyError, KeyboardInterrupt):
             raise
@@ -282,8 +292,7 @@ class Scheduler:
             return
         flight.since = flight.since or time.monotonic()
         self._take_rungs(flight)
-        is_measured = any(metric.stage == "measured" for metric in self.place.metrics.values())
-        flight.stage = "measured" if is_measured and not flight.verdict.rungs else "training"
+        flight.stage = "training" if flight.verdict.rungs else first_dear_stage(self.place.metrics)
         flight.record["stage"] = flight.stage
         self.ledger.write(flight.record)
         self.ledger.take_checkpoint(flight.record)  # after its rungs are on record: it is past them

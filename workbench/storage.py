@@ -17,6 +17,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -82,8 +83,7 @@ def connect(store: Store, folder: Path, parent: Parent, notice: Notice) -> Patie
     recognise_passing(backend.engine)
     parent.closing.callback(backend.engine.dispose)
     parent.closing.callback(backend.remove_session)
-    cached = optuna.storages.get_storage(backend)
-    return PatientStorage(cached, store.patience, notice, parent)
+    return PatientStorage(backend, store.patience, notice, parent)
 
 
 def _opened(url: str) -> RDBStorage:
@@ -229,11 +229,10 @@ def ask(study: optuna.Study, table: Mapping[str, Any], seed: int, stale: int = 0
     """
     if stale >= STALE:
         table = {"class": "optuna.samplers.RandomSampler"}
-    backend = study._storage
-    assert isinstance(backend, PatientStorage)
+    backend = _patient(study)
     # One parent at a time: or two would count the same suggestions, and draw the same one.
     with backend.parent.exclusive():
-        trials = study.get_trials(deepcopy=False)
+        backend.asked_on = trials = study.get_trials(deepcopy=False)
         waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
         if waiting is not None:
             number = int(waiting.user_attrs[SUGGESTION])
@@ -243,7 +242,26 @@ def ask(study: optuna.Study, table: Mapping[str, Any], seed: int, stale: int = 0
             backend.attributes = {SUGGESTION: number}
         study.sampler = make_sampler(table, derived_seed(seed, number))
         backend.parent.asking = True
-        return study.ask()
+        if waiting is not None:
+            return study.ask()
+        # `Study.ask` without its search for a trial that waits: it would read all trials again.
+        study._thread_local.cached_all_trials = None
+        return optuna.Trial(study, backend.create_new_trial(study._study_id))
+
+
+def suggesting(study: optuna.Study) -> contextlib.AbstractContextManager[None]:
+    """Inside, the trial that was just asked for draws its parameters; they are stored at the end.
+
+    The sampler looks at the trials that were there when it was asked for.
+    """
+    backend = _patient(study)
+    trials, backend.asked_on = backend.asked_on, None
+    return backend.together(trials)
+
+
+def _patient(study: optuna.Study) -> PatientStorage:
+    assert isinstance(study._storage, PatientStorage)
+    return study._storage
 
 
 def tell(
@@ -254,12 +272,15 @@ def tell(
     constraints: Mapping[str, float],
 ) -> None:
     """Report a trial's end, its constraints first."""
-    # The only way to set a constraint on a trial that an earlier process asked for.
-    handle = optuna.Trial(study, trial._trial_id)
-    for name, violation in constraints.items():
-        if name not in trial.constraints:
-            handle.set_constraint(name, violation)
-    study.tell(trial.number, values, state)
+    missing = {name: value for name, value in constraints.items() if name not in trial.constraints}
+    if missing:
+        with _patient(study).together():
+            # The only way to set a constraint on a trial that an earlier process asked for.
+            handle = optuna.Trial(study, trial._trial_id)
+            for name, violation in missing.items():
+                handle.set_constraint(name, violation)
+    # `Study.tell` without reading back what it told.
+    _tell_with_warning(study, trial.number, values, state)
 
 
 def enqueue_retry(

@@ -3,20 +3,27 @@
 Every read and write of a study goes through `PatientStorage`. What fails for a reason that may pass
 is tried again, each time after asking whether the last try had gone through after all: a commit
 whose answer was lost is found, and not made twice.
+
+A suggestion would read all trials several times, and commit each parameter by itself. `together`
+reads them once and commits once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._rdb.models import TrialSystemAttributeModel
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
@@ -78,22 +85,43 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
+@dataclasses.dataclass
+class _Together:
+    """What is read once, and what is written at the end.
+
+    Attributes:
+        trials: of the study; None as long as nobody looked.
+        params: trial id, name, internal value and distribution of each that was set.
+        attributes: trial id, key and value of each system attribute that was set.
+    """
+
+    trials: list[FrozenTrial] | None = None
+    params: list[tuple[int, str, float, BaseDistribution]] = dataclasses.field(default_factory=list)
+    attributes: list[tuple[int, str, Any]] = dataclasses.field(default_factory=list)
+
+
 class PatientStorage(BaseStorage):
     """Optuna's storage, tried again for a while where it fails for what may pass.
 
     Args:
-        inner: the storage; its engine went through `recognise_passing`.
+        database: the storage; its engine went through `recognise_passing`.
         patience: seconds after which a storage that fails is given up.
         notice: is told once when the storage went away, and when it is back.
         parent: this process, whose id stands in every trial that it begins.
     """
 
-    def __init__(self, inner: BaseStorage, patience: float, notice: Notice, parent: Parent) -> None:
-        self._inner = inner
+    def __init__(
+        self, database: RDBStorage, patience: float, notice: Notice, parent: Parent
+    ) -> None:
+        self._database = database
+        self._inner = get_storage(database)  # remembers trials that are finished
+        self._together: _Together | None = None
+        self._distributions: dict[str, BaseDistribution] = {}
         self._patience = patience
         self._notice = notice
         self.parent = parent
-        self.attributes: dict[str, Any] = {}  # of the next trial that `Study.ask` makes
+        self.attributes: dict[str, Any] = {}  # of the next trial that is made
+        self.asked_on: list[FrozenTrial] | None = None  # all trials, as the last one was asked for
 
     def _do(self, call: Callable[[], T], done: Callable[[], T | None] | None = None) -> T:
         """`call`, tried until it goes through.
@@ -117,6 +145,44 @@ class PatientStorage(BaseStorage):
             except PassingError as error:
                 outage = outage or _Outage(self._patience, self._notice)
                 outage.wait(str(error))
+
+    @contextlib.contextmanager
+    def together(self, trials: list[FrozenTrial] | None = None) -> Iterator[None]:
+        """Inside, all trials are read once, and what is set of a trial is written at the end.
+
+        Nobody else sees it before, and whoever set it must not read it back from here: Optuna's
+        trials remember what they suggested. Nothing is written where the storage itself failed.
+
+        Args:
+            trials: as they were read just now; None reads them once somebody looks.
+
+        Raises:
+            StorageGoneError: the storage stayed away.
+        """
+        held = self._together = _Together(trials)
+        try:
+            yield
+        except StorageInternalError:
+            held.params, held.attributes = [], []
+            raise
+        finally:
+            self._together = None
+            if held.params or held.attributes:
+                self._do(lambda: self._write(held))
+
+    def _write(self, held: _Together) -> None:
+        # One transaction: a try before has written all of it, which is then left as it is, or none.
+        database = self._database
+        with _create_scoped_session(database.scoped_session, True) as session:
+            for trial, name, value, distribution in held.params:
+                before = self._distributions.setdefault(name, distribution)
+                database._set_trial_param_without_commit(
+                    session, trial, name, value, distribution, before
+                )
+            for trial, key, content in held.attributes:
+                database._set_trial_attr_without_commit(
+                    session, TrialSystemAttributeModel, trial, key, content
+                )
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         token = secrets.token_hex(8)
@@ -183,6 +249,12 @@ class PatientStorage(BaseStorage):
         param_value_internal: float,
         distribution: BaseDistribution,
     ) -> None:
+        if self._together is not None:
+            before = self._distributions.get(param_name, distribution)
+            check_distribution_compatibility(before, distribution)
+            param = (trial_id, param_name, param_value_internal, distribution)
+            self._together.params.append(param)
+            return
         # A parameter that is there already is left as it is: the same one, from a try before.
         self._do(
             lambda: self._inner.set_trial_param(
@@ -205,6 +277,9 @@ class PatientStorage(BaseStorage):
         self._do(lambda: self._inner.set_trial_user_attr(trial_id, key, value))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if self._together is not None:
+            self._together.attributes.append((trial_id, key, value))
+            return
         self._do(lambda: self._inner.set_trial_system_attr(trial_id, key, value))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -216,7 +291,13 @@ class PatientStorage(BaseStorage):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        return self._do(lambda: self._inner.get_all_trials(study_id, deepcopy, states))
+        held = self._together
+        if held is None:
+            return self._do(lambda: self._inner.get_all_trials(study_id, deepcopy, states))
+        if held.trials is None:
+            held.trials = self._do(lambda: self._inner.get_all_trials(study_id, deepcopy=False))
+        trials = [trial for trial in held.trials if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
     def remove_session(self) -> None:
         self._inner.remove_session()

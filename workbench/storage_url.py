@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 ENVIRONMENT = "WORKBENCH_STORAGE"
+SECRETS = (ENVIRONMENT, "PGPASSWORD")  # variables that hold a password, or may
 PATIENCE = 300.0
 HIDDEN = "***"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9_.+-]*)://")
@@ -49,6 +52,9 @@ def chosen(option: str | None, configured: str | None, patience: float = PATIENC
     Raises:
         FieldError: it is no URL of a storage; names who gave it, without repeating it.
     """
+    for url, source in ((option, "--storage"), (configured, "runtime.storage")):
+        if url == "":  # of a variable that is not set, say: not a wish for the default
+            raise FieldError(source, "is empty: give a URL, or leave it away for the default")
     for url, source in (
         (option, "--storage"),
         (os.environ.get(ENVIRONMENT), ENVIRONMENT),
@@ -60,8 +66,18 @@ def chosen(option: str | None, configured: str | None, patience: float = PATIENC
 
 
 def public_environment() -> dict[str, str]:
-    """This process's environment without its storage's URL: for children that run plugins."""
-    return {name: value for name, value in os.environ.items() if name != ENVIRONMENT}
+    """This process's environment without its storage's passwords: for children that run plugins."""
+    return {name: value for name, value in os.environ.items() if name not in SECRETS}
+
+
+@contextlib.contextmanager
+def hidden_passwords() -> Iterator[None]:
+    """Inside, this process's own environment is that: for a library that starts children itself."""
+    hidden = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def default_url(folder: Path) -> str:
@@ -141,7 +157,9 @@ def _passwords(parsed: URL) -> list[str]:
 
 
 def _secret(name: str) -> bool:
-    return "password" in name.lower() or name.lower() in ("passwd", "pwd")
+    """Whether an option of a connection is a secret: libpq's are passwords, keys and a secret."""
+    words = ("password", "passwd", "pwd", "secret", "scram_", "token")
+    return any(word in name.lower() for word in words)
 
 
 def _parsed(url: str) -> URL | None:
@@ -153,7 +171,8 @@ def _parsed(url: str) -> URL | None:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         return None
-    if parsed.drivername != "sqlite" and "@" in f"{parsed.host or ''}{parsed.database or ''}":
+    # A second @ is one of a password that is not quoted: its rest would be a host, or an option.
+    if parsed.drivername != "sqlite" and url.count("@") > 1:
         return None
     return parsed
 

@@ -1,4 +1,4 @@
-"""One trial, judged in stages from cheap to dear: static → measured → trained → quantized.
+"""One trial, judged in stages from cheap to dear (`workbench.metric.STAGES`).
 
 The static stage runs wherever the study runs; the others run in a worker, through `judge`.
 Nothing that a trial does ends the study: whatever it raises becomes its outcome.
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from workbench.metric import Metric, Stage, Subject
 from workbench.model import HybridLM
 from workbench.quantizer import QuantizationReport
 from workbench.rungs import measure_rung, rung_metrics
+from workbench.stages import has_stage, measure_stage
 from workbench.study_config import StudyConfig
 from workbench.training import DivergedError, TrainingConfig, load_weights, save_weights, train
 from workbench.trial_guard import TrialGuard
@@ -41,7 +41,7 @@ from workbench.verdict import PAUSED, InfeasibleError, Recorded, Timed, Verdict
 
 Emit = Callable[[dict[str, Any]], None]
 RUNG_STAGES = ("training", "rungs")  # what the seconds of a rung are made of
-PHASES = ("building", "measuring", "training", "evaluating", "quantizing")
+PHASES = ("building", "measuring", "practising", "training", "evaluating", "quantizing")
 
 
 class Workplace:
@@ -110,6 +110,8 @@ class Workplace:
             data=self.data,
             batch_size=self.training.batch_size,
             length=self.training.seq_len,
+            training=self.training,
+            seed=self.config.seed,
         )
 
 
@@ -189,6 +191,7 @@ def judge(
         _seed(place.config.seed)
         if begun is None:
             _judge_measured(place, layout, verdict, emit)
+            _judge_synthetic(place, layout, verdict, emit)
         model = _train(place, layout, folder, verdict, emit, stop)
         trained = place.subject(layout, model)
         emit({"phase": "evaluating"})
@@ -230,7 +233,7 @@ def _seed(seed: int) -> None:
 
 def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict, emit: Emit) -> None:
     """Speed is measured on the model as it will be stored: quantized, weights still random."""
-    if not any(metric.stage == "measured" for metric in place.metrics.values()):
+    if not has_stage(place.metrics, "measured"):
         return
     emit({"phase": "building"})
     with _timed(verdict, "measured"):
@@ -241,6 +244,21 @@ def _judge_measured(place: Workplace, layout: Layout, verdict: Verdict, emit: Em
         emit({"phase": "measuring"})
         _measure(place, "measured", place.subject(layout, model), verdict)
         del model
+        gc.collect()
+
+
+def _judge_synthetic(place: Workplace, layout: Layout, verdict: Verdict, emit: Emit) -> None:
+    """What small trainings on other tasks tell; the metrics build the models of these."""
+    if not has_stage(place.metrics, "synthetic"):
+        return
+    with _timed(verdict, "synthetic"):
+        if "measured" not in verdict.stage_seconds:  # nothing has looked at its layers
+            emit({"phase": "building"})
+            model = place.builder.build(layout, device=place.device, seed=place.config.seed)
+            sanity.check_outputs(model, place.training.seq_len)
+            del model
+        emit({"phase": "practising"})
+        _measure(place, "synthetic", place.subject(layout), verdict)
         gc.collect()
 
 
@@ -272,7 +290,8 @@ def _train(
 ) -> HybridLM:
     emit({"phase": "building"})
     model = place.builder.build(layout, device=place.device, seed=place.config.seed)
-    if "measured" not in verdict.stage_seconds and not verdict.rungs:  # nothing has looked at it
+    seen = {"measured", "synthetic"} & verdict.stage_seconds.keys()
+    if not seen and not verdict.rungs:  # nothing has looked at its layers
         sanity.check_outputs(model, place.training.seq_len)
     half = place.training.precision == "bfloat16"
     verdict.details["backend"] = backends_of(model, half=half)
@@ -298,7 +317,8 @@ def _train(
                     stop=stop,
                 )
             except DivergedError as error:
-                raise DivergedError(f"{error}{_culprit(place, model)}") from None
+                found = sanity.culprit(place.builder, model, place.training.seq_len)
+                raise DivergedError(f"{error}{found}") from None
         # A run continued from a checkpoint has points that this process never saw.
         with replacing(curve) as temporary:
             temporary.write_text("".join(json.dumps(point) + "\n" for point in result.curve))
@@ -328,14 +348,6 @@ def backends_of(model: HybridLM, *, half: bool = False) -> dict[str, dict[str, s
     return found
 
 
-def _culprit(place: Workplace, model: HybridLM) -> str:
-    """`; blocks[…] … returns NaN`, if a block makes it of numbers now, or did at first."""
-    for candidate in (model, place.builder.build(model.layout, device=place.device)):
-        if found := sanity.first_without_number(candidate, place.training.seq_len):
-            return f"; {found}"
-    return ""
-
-
 def _quantize(builder: Builder, model: HybridLM, verdict: Verdict, emit: Emit) -> bool:
     """Store the weights as the layout says; False if it says to leave them all as they are."""
     if any(block.quantizer is not None for block in model.layout.blocks):
@@ -356,29 +368,7 @@ def _quantize_blocks(builder: Builder, model: HybridLM) -> list[QuantizationRepo
 
 
 def _measure(place: Workplace, stage: Stage, subject: Subject, verdict: Verdict) -> None:
-    """Every metric of one stage, then the constraints on them."""
-    violated = []
-    for name, metric in place.metrics.items():
-        if metric.stage != stage:
-            continue
-        subject.extras, subject.notes = {}, {}
-        value = float(metric.measure(subject))
-        if not math.isfinite(value):
-            raise DivergedError(f"{name} is {value}")
-        verdict.metrics[name] = value
-        for key, extra in subject.extras.items():
-            finite = float(extra) if math.isfinite(float(extra)) else None
-            verdict.extras[f"{name}.{key}"] = finite
-        verdict.notes |= {f"{name}.{key}": str(note) for key, note in subject.notes.items()}
-        if name in place.config.constraints:
-            bounds = place.config.constraints[name]
-            verdict.constraints[name] = bounds.violation(value)
-            if verdict.constraints[name] > 0:
-                below = value < bounds.min
-                limit = f"below min {bounds.min:,}" if below else f"above max {bounds.max:,}"
-                violated.append(f"{name} = {value:,.8g} is {limit}")
-    if violated:
-        raise InfeasibleError("; ".join(violated))
+    measure_stage(place.metrics, place.config.constraints, stage, subject, verdict)
 
 
 def load_trained(builder: Builder, layout: Layout, weights: Path, device: str = "cpu") -> HybridLM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from workbench.hookspecs import hookimpl
-from workbench_metrics import predicted, quality, speed, static
+from workbench_metrics import predicted, quality, recall, speed, static
 
 if TYPE_CHECKING:
     from workbench.hookspecs import Register
@@ -30,6 +30,7 @@ def register_metrics(register: Register[type[Metric]]) -> None:
     register("peak_memory_bytes", speed.PeakMemoryBytes)
     register("predicted_decode_ms", predicted.PredictedDecodeMilliseconds)
     register("predicted_prefill_ms", predicted.PredictedPrefillMilliseconds)
+    register("mqar_recall", recall.MultiQueryRecallShare)
     register("bits_per_byte_unquantized", quality.BitsPerByteUnquantized)
     register("bits_per_byte", quality.BitsPerByte)
     register("perplexity", quality.Perplexity)

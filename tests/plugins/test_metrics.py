@@ -49,6 +49,7 @@ CONTRACT = {
     "peak_memory_bytes": ("bytes", "minimize", "measured"),
     "predicted_decode_ms": ("ms", "minimize", "static"),
     "predicted_prefill_ms": ("ms", "minimize", "static"),
+    "mqar_recall": ("share", "maximize", "synthetic"),
     "bits_per_byte_unquantized": ("bits/byte", "minimize", "trained"),
     "bits_per_byte": ("bits/byte", "minimize", "quantized"),
     "perplexity": ("per token", "minimize", "quantized"),

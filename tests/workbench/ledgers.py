@@ -52,7 +52,8 @@ def begin(ledger: Ledger) -> tuple[optuna.Trial, dict[str, Any]]:
     """Ask for a trial and record it as far as it is known before it is judged."""
     trial = storage.ask(ledger.optuna, SAMPLER, 0, ledger.stale)
     record = ledger.start(trial)
-    trial.suggest_float("x", 0.0, 1.0)
+    with storage.suggesting(ledger.optuna):
+        trial.suggest_float("x", 0.0, 1.0)
     record["params"] = dict(trial.params)
     record["layout_hash"] = f"{trial.params['x']:.12f}"
     ledger.write(record)

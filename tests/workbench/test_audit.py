@@ -151,6 +151,8 @@ def test_two_trials_have_no_interval():
 
 def test_what_rungs_stopped_is_said_to_be_missing(tmp_path):
     trials = [trial(float(n), rung=n) for n in range(10)]
+    trials[0]["metrics"].update(weights=4.5, score=-3.5)  # no signal agrees in all pairs
+    trials[0]["rungs"][0]["metrics"]["loss"] = 7.5
     clean = audit(write(tmp_path / "clean", trials))
     assert clean.warnings == []
     stopped = {"outcome": "stopped", "metrics": {"weights": 1.0}, "rungs": trials[0]["rungs"]}
@@ -162,6 +164,25 @@ def test_what_rungs_stopped_is_said_to_be_missing(tmp_path):
     assert json.loads(json.dumps(found.to_dict()))["warnings"] == found.warnings
     few = audit(write(tmp_path / "few", trials[:9]))
     assert few.warnings == ["9 trials trained to the end: the intervals of so few are too narrow."]
+
+
+def test_a_signal_of_few_of_the_trials_is_named(tmp_path):
+    trials = [trial(float(n)) for n in range(12)]
+    for n, one in enumerate(trials):
+        one["metrics"].update(weights=float((n * 5) % 12), score=float((n * 7) % 12))
+    for n in (0, 4, 2, 6):
+        trials[n]["metrics"]["recall"] = float(n % 3)
+    found = audit(write(tmp_path / "s", trials))
+    assert of(found, "recall").trials == 4
+    assert found.warnings == ["recall: known of 4 trials only; such intervals are too narrow."]
+
+
+def test_an_order_that_all_agree_on_is_no_certainty(tmp_path):
+    trials = [trial(float(n), score=float((n * 7) % 12)) for n in range(12)]
+    found = audit(write(tmp_path / "s", trials))
+    assert (of(found, "weights").low, of(found, "weights").high) == (-1.0, -1.0)
+    assert len(found.warnings) == 1
+    assert found.warnings[0].startswith("weights: an interval without width.")
 
 
 @pytest.mark.parametrize(

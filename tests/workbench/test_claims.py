@@ -8,6 +8,7 @@ import pytest
 
 from tests.workbench.ledgers import begin, end, forking, open_ledger, take_all
 from workbench.claims import Claims
+from workbench.errors import WorkbenchError
 from workbench.parents import joined
 
 
@@ -28,6 +29,16 @@ def test_a_claim_is_kept_as_long_as_its_trial_holds_it(folder):
         holding.clear()
         assert claims.take("abc", 3) is None
         assert claims.holder("abc") == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "1.5"])
+def test_a_claim_that_was_damaged_says_what_to_do(folder, content):
+    with joined(folder) as parent:
+        claims = Claims(folder, parent, lambda number: True)
+        claims.take("abc", 1)
+        (folder / "layouts" / "abc").write_text(content)
+        with pytest.raises(WorkbenchError, match=r"layouts/abc.*remove it while no process"):
+            claims.take("abc", 2)
 
 
 def test_two_processes_never_hold_one_layout(folder):

@@ -83,6 +83,33 @@ def test_what_runs_again_enters_where_it_goes_on(tmp_path):
     }
 
 
+def test_a_synthetic_stage_is_entered_after_measuring_and_once(tmp_path):
+    """One that it refused, one killed in it, and one that crashed after a rung and ran again."""
+    spent = {"static": 1, "measured": 2, "synthetic": 3}
+    trials = [
+        record(tmp_path, 0, "infeasible", stage_seconds=spent),
+        record(
+            tmp_path, 1, "timeout", stage="synthetic", stage_seconds={"static": 1, "measured": 2},
+            seconds=12,
+        ),
+        record(
+            tmp_path, 2, "crashed", stage="training", rungs=[rung(6)], seconds=16,
+            stage_seconds={**spent, "training": 5, "rungs": 1},
+        ),
+        record(
+            tmp_path, 3, "complete", rungs=[rung(6), rung(7)], carried_rungs=1,
+            stage_seconds={"static": 1, "training": 7, "trained": 1, "quantized": 1},
+        ),
+    ]  # fmt: skip
+    found = table(funnel(trials, {"static", "measured", "synthetic"}, SHARES))
+    assert list(found)[:3] == ["static", "measured", "synthetic"]
+    assert found["measured"] == (3, 3, {}, 6)
+    assert found["synthetic"] == (3, 1, {"infeasible": 1, "timeout": 1}, 3 + 9 + 3)
+    assert found["rung 0.1"][:3] == (1, 1, {})
+    assert found["rung 0.3"][:3] == (2, 1, {"crashed": 1})
+    assert "synthetic" not in table(funnel(trials, {"static"}, SHARES))
+
+
 @pytest.mark.parametrize("rungs", [{}, {"at": [0.25, 0.5]}])
 def test_a_studys_funnel_adds_up(study_data, runs, rungs):
     changes = {"constraints": {"toy_weights": {"max": 1500}}, "budget.trials": 8, "rungs": rungs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -76,11 +77,19 @@ def test_a_node_that_does_not_share_the_runs_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_on_a_cluster_of_this_machine(study_data, runs):
+def test_a_study_on_a_cluster_of_this_machine(study_data, runs, monkeypatch):
     """Started and ended by the study; a crash, rungs and progress come through as they do here."""
     heard: Counter[str] = Counter()
+    monkeypatch.setenv("PGPASSWORD", "geheim")
 
     class Listener(Reporter):
+        def trial_started(self, number, pattern):
+            for process in descendants(os.getpid()):
+                with contextlib.suppress(OSError):  # it has ended
+                    environment = Path(f"/proc/{process}/environ").read_bytes()
+                    heard["processes"] += 1
+                    heard["told"] += b"geheim" in environment
+
         def trial_progress(self, number, step, steps, loss):
             heard["progress"] += 1
 
@@ -101,6 +110,8 @@ def test_a_study_on_a_cluster_of_this_machine(study_data, runs):
     assert outcomes["complete"] >= 1
     assert heard["progress"] > 8
     assert heard["continue"] == outcomes["complete"]
+    assert heard["processes"] > 5
+    assert not heard["told"]
     assert not list((runs / ".cache").glob("ray-*"))
     import ray
 

@@ -96,9 +96,16 @@ def test_who_is_a_peer():
     same_layout = peer(2, 0.0, 2.0, layout_hash="5")  # the trial that this one repeats
     assert make_rungs().decide(own, [same_layout]) == {"decision": CONTINUE, "peers": 0}
     again = peer(3, 0.0, 2.0, layout_hash="1")
-    assert make_rungs(min_peers=2).decide(own, [better, again])["decision"] == CONTINUE
+    expected = {"decision": CONTINUE, "peers": 1}  # one layout, however often it was begun
+    assert make_rungs(min_peers=2).decide(own, [better, again]) == expected
     further = Peer(5, "5", {"exact": 1.0}, own.rungs * 2)
     assert make_rungs().decide(further, [better])["peers"] == 0  # it has not come this far
+
+
+def test_an_objective_that_no_rung_shows_has_no_rungs():
+    assert make_rungs(objectives=("exact", "trained", "late"), at=()).steps == ()
+    with pytest.raises(WorkbenchError, match="objective 'late' cannot be had from a partly"):
+        make_rungs(objectives=("exact", "trained", "late"))
 
 
 def test_the_next_rung():
@@ -210,6 +217,12 @@ def test_a_failed_trial_is_no_peer(tmp_path):
     record["outcome"] = "complete"
     (folder / "trial.json").write_text(json.dumps(record))
     assert [peer.number for peer in peers.now()] == [0, 1, 2, number]
+    before = (folder / "trial.json").stat()
+    record["rungs"][0]["metrics"]["toy_loss"] = 2.0  # as long, and written in the same tick
+    (folder / "new.json").write_text(json.dumps(record))
+    os.utime(folder / "new.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (folder / "new.json").rename(folder / "trial.json")
+    assert peers.now()[-1].rungs[0]["metrics"] == {"toy_loss": 2.0}
 
 
 KILLED = """

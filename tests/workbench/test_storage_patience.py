@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
@@ -12,6 +13,7 @@ from sqlalchemy import event
 
 from tests.workbench.ledgers import (
     OBJECTIVES,
+    SAMPLER,
     assert_books_agree,
     begin,
     end,
@@ -141,6 +143,51 @@ def test_every_commit_may_lose_its_answer(folder, went_through):
                 break
         assert len(lost) >= 6, "no commit failed"
         assert_books_agree(ledger)
+
+
+def drawn(folder: Path, number: int) -> dict[str, float]:
+    """A trial's parameters as another process sees them."""
+    with sqlite3.connect(folder / "optuna.db") as connection:
+        rows = connection.execute(
+            "SELECT param_name, param_value FROM trial_params WHERE trial_id = ?", (number + 1,)
+        )
+        return dict(rows.fetchall())
+
+
+def test_what_a_trial_draws_is_stored_at_once_whatever_ends_it(folder):
+    with joined(folder) as parent:
+        ledger = open_ledger(parent)
+        commits: list[int] = []
+        for number, ending in enumerate((None, ValueError, KeyboardInterrupt)):
+            trial = storage.ask(ledger.optuna, SAMPLER, 0)
+            commits.clear()
+            event.listen(engine_of(ledger), "commit", lambda connection: commits.append(1))
+            with (
+                contextlib.suppress(ValueError, KeyboardInterrupt),
+                storage.suggesting(ledger.optuna),
+            ):
+                for name in "abcd":
+                    trial.suggest_float(name, 0.0, 1.0)
+                assert drawn(folder, number) == {}
+                if ending is not None:
+                    raise ending
+            assert drawn(folder, number) == trial.params
+            if number == 0:
+                assert len(commits) == 1
+        assert [t.params.keys() for t in ledger.optuna.get_trials()] == [{*"abcd"}] * 3
+
+
+def test_an_incompatible_range_is_refused_where_it_is_drawn(folder):
+    with joined(folder) as parent:
+        ledger = open_ledger(parent)
+        with storage.suggesting(ledger.optuna):
+            storage.ask(ledger.optuna, SAMPLER, 0).suggest_float("x", 0.0, 1.0)
+        trial = storage.ask(ledger.optuna, SAMPLER, 0)
+        with storage.suggesting(ledger.optuna):
+            with pytest.raises(ValueError, match="distribution"):
+                trial.suggest_categorical("x", ["a", "b"])
+            trial.suggest_float("y", 0.0, 1.0)
+        assert drawn(folder, 1) == {"y": trial.params["y"]}
 
 
 def test_what_will_not_pass_is_not_waited_for(folder):

@@ -17,6 +17,7 @@ from workbench.storage_url import (
     chosen,
     default_url,
     has_password,
+    public_environment,
     redacted,
     scrubbed,
 )
@@ -44,6 +45,10 @@ def test_no_password_survives_redaction(password):
         f"postgresql://me:a@{SECRET}@host/db",  # @ in a password, not quoted
         f"postgresql://me:a@{SECRET}:b@host/db",
         f"postgresql://me:a@b/{SECRET}@host/db",
+        f"postgresql://me:a@{SECRET}?b@host/db",
+        f"postgresql://me:a@b?{SECRET}@host/db",
+        f"postgresql://me@host/db?scram_client_key={SECRET}",
+        f"postgresql://me@host/db?oauth_client_secret={SECRET}",
         f"postgresql://me@host/db?password={SECRET}",
         f"postgresql://me@host/db?sslpassword={SECRET}",
         f"postgresql://me:{SECRET}@host:port/db",
@@ -90,6 +95,33 @@ def test_the_option_goes_before_the_environment_and_that_before_the_file(monkeyp
     monkeypatch.setenv("WORKBENCH_STORAGE", urls[1])
     assert chosen(None, urls[2]) == Store(urls[1])
     assert chosen(urls[0], urls[2], 7.0) == Store(urls[0], 7.0)
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8))
+def test_no_password_survives_however_it_is_quoted(password):
+    """Unquoted, a URL may be split anywhere; what is shown of it is of the host, or nothing."""
+    shown = redacted(f"postgresql://me:{password}@host:5432/db")
+    if "@" in password:
+        assert shown == "postgresql://***"
+    else:
+        assert shown in ("postgresql://me:***@host:5432/db", "postgresql://***")
+
+
+@pytest.mark.parametrize(("option", "configured"), [("", None), (None, ""), ("", "sqlite:///a.db")])
+def test_an_empty_url_is_a_mistake_and_no_wish_for_the_default(option, configured, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_STORAGE", "")
+    assert chosen(None, None) == Store(None)
+    with pytest.raises(FieldError, match="is empty: give a URL"):
+        chosen(option, configured)
+
+
+def test_children_are_told_no_password(monkeypatch):
+    monkeypatch.setenv("WORKBENCH_STORAGE", f"postgresql://me:{SECRET}@host/db")
+    monkeypatch.setenv("PGPASSWORD", SECRET)
+    monkeypatch.setenv("KEPT", "yes")
+    told = public_environment()
+    assert told["KEPT"] == "yes"
+    assert not any(SECRET in value for value in told.values())
 
 
 def test_files_are_named_from_the_root_and_drivers_in_full(monkeypatch, tmp_path):

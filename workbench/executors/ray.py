@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import DiskError, WorkbenchError
 from workbench.executors.base import Ended, Executor, Heard, Job, Task
 from workbench.executors.ray_actors import Mailbox, Slot, sees
+from workbench.storage_url import hidden_passwords
 from workbench.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -79,13 +80,14 @@ def _connect(ray: Any, address: str | None, cpus: int | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=False,
-                    object_store_memory=STORE,
-                    **quiet,
-                )
+                with hidden_passwords():
+                    ray.init(
+                        address="local",
+                        num_cpus=cpus,
+                        include_dashboard=False,
+                        object_store_memory=STORE,
+                        **quiet,
+                    )
             else:
                 _refuse_closed_port(address)
                 ray.init(address=address, **quiet)

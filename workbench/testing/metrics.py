@@ -80,16 +80,17 @@ class MetricContract(ConfigContract):
 
     @concerns("measure")
     def test_needs_no_more_than_its_stage_has(self, config: Any, tmp_path: Path) -> None:
-        """A static metric needs the layout alone; any other says what it lacks.
+        """A static or synthetic metric needs the layout alone; any other says what it lacks.
 
-        Mend: A static metric reads `subject.layout` and `subject.costs` only; any other gets at the
-        model through `subject.built` and at losses through `subject.evaluation`, which refuse where
-        there is none.
+        Mend: A static metric reads `subject.layout` and `subject.costs` only; a synthetic one
+        builds a model of its own (`workbench.synthetic.learn`); any other gets at the model through
+        `subject.built` and at losses through `subject.evaluation`, which refuse where there is
+        none.
         """
         full = self.subject(tmp_path)
         without = dataclasses.replace(full, model=None, data=None, extras={})
         metric = self.metric(config)
-        if self.metric.stage == "static":
+        if self.metric.stage in ("static", "synthetic"):
             assert metric.measure(without) == metric.measure(full)
         else:
             with pytest.raises(WorkbenchError):
