@@ -30,8 +30,10 @@ __all__ = [
     "DivergedError",
     "TrainingConfig",
     "TrainingResult",
+    "TrainingRun",
     "load_weights",
     "make_optimizers",
+    "save_state",
     "save_weights",
     "train",
 ]
@@ -84,41 +86,17 @@ def train(
         DivergedError: a loss that is NaN or infinite.
         WorkbenchError: the checkpoint is of another run, past the stop, or cannot be written.
     """
-    run = _Run(model, data, config)
-    if checkpoint is not None and checkpoint.exists():
-        run.load(checkpoint)
-    if stop is not None and run.step > stop:
-        raise WorkbenchError(f"checkpoint {checkpoint} is past step {stop}: delete it")
-    model.train()
-    saved = time.monotonic()
-    for point in run.steps(config.steps if stop is None else stop):
-        if point and progress is not None:
-            progress(point)
-        due = config.checkpoint_seconds and time.monotonic() - saved >= config.checkpoint_seconds
-        if checkpoint is not None and due:
-            run.save(checkpoint)
-            saved = time.monotonic()
-    if checkpoint is not None and stop is not None:
-        run.save(checkpoint)
-    model.eval()
-    return TrainingResult(
-        curve=run.curve,
-        steps=run.step,
-        seconds=run.seconds,
-        preparing_seconds=run.preparing_seconds,
-        mode=run.train_step.mode,
-        note=run.train_step.note,
-    )
+    return TrainingRun(model, data, config).complete(checkpoint, progress, stop)
 
 
-class _Run:
-    """The state of a run between two steps."""
+class TrainingRun:
+    """The state of a run between two steps; `sharded_training` spreads one over processes."""
 
     def __init__(self, model: HybridLM, data: DataSource, config: TrainingConfig) -> None:
         self.model = model
         self.data = data
         self.config = config
-        self.optimizers = make_optimizers(model, config)
+        self.optimizers = self._make_optimizers()
         on_cuda = model.device.type == "cuda"
         options = StepOptions(
             half=config.precision == "bfloat16",
@@ -127,10 +105,51 @@ class _Run:
             captured=on_cuda and config.cuda_graph == "auto",
             checkpointed=config.checkpoint_blocks,
         )
-        self.train_step = TrainStep(model, self.optimizers, options)
+        self.train_step = self._make_step(options)
         self.step = 0
         self.seconds = self.preparing_seconds = 0.0
         self.curve: list[dict[str, float]] = []
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        return make_optimizers(self.model, self.config)
+
+    def _make_step(self, options: StepOptions) -> TrainStep:
+        return TrainStep(self.model, self.optimizers, options)
+
+    def _agreed(self, choice: bool) -> bool:
+        """What all processes of the run do; this one would do `choice`."""
+        return choice
+
+    def complete(
+        self, checkpoint: Path | None, progress: Progress | None, stop: int | None
+    ) -> TrainingResult:
+        """What `train` does."""
+        config = self.config
+        if checkpoint is not None and self._agreed(checkpoint.exists()):
+            self.load(checkpoint)
+        if stop is not None and self.step > stop:
+            raise WorkbenchError(f"checkpoint {checkpoint} is past step {stop}: delete it")
+        self.model.train()
+        saved = time.monotonic()
+        for point in self.steps(config.steps if stop is None else stop):
+            if point and progress is not None:
+                progress(point)
+            if checkpoint is None or not config.checkpoint_seconds:
+                continue
+            if self._agreed(time.monotonic() - saved >= config.checkpoint_seconds):
+                self.save(checkpoint)
+                saved = time.monotonic()
+        if checkpoint is not None and stop is not None:
+            self.save(checkpoint)
+        self.model.eval()
+        return TrainingResult(
+            curve=self.curve,
+            steps=self.step,
+            seconds=self.seconds,
+            preparing_seconds=self.preparing_seconds,
+            mode=self.train_step.mode,
+            note=self.train_step.note,
+        )
 
     def steps(self, end: int) -> Iterator[dict[str, float] | None]:
         """Run up to step `end`, a step an iteration; yields the point of the curve where one is."""
@@ -171,6 +190,11 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write weights, optimizer states and curve, whole or not at all."""
+        # A copy each: safetensors refuses views of shared storage.
+        self._write(path, {k: v.detach().clone() for k, v in self._state().items()})
+
+    def _state(self) -> dict[str, Tensor]:
+        """The run's tensors, the ones that it works on."""
         tensors = {f"model.{name}": value for name, value in _tensors(self.model).items()}
         for index, optimizer in enumerate(self.optimizers):
             for key, state in optimizer.state_dict()["state"].items():
@@ -179,6 +203,9 @@ class _Run:
         tensors["rng"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.model.device)
+        return tensors
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         progress = {
             "step": self.step,
             "seconds": self.seconds,
@@ -187,8 +214,7 @@ class _Run:
         }
         metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(progress)}
         with replacing(path) as temporary:
-            # A copy each: safetensors refuses views of shared storage.
-            _save({k: v.detach().clone() for k, v in tensors.items()}, temporary, metadata)
+            _save(tensors, temporary, metadata)
 
     def load(self, path: Path) -> None:
         """Continue from what `save` wrote.
@@ -196,8 +222,12 @@ class _Run:
         Raises:
             WorkbenchError: it is of another layout, training or seed, or damaged.
         """
+        self._restore(*self._read(path, str(self.model.device)))
+
+    def _read(self, path: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of a checkpoint, and how far it is."""
         try:
-            with safe_open(path, "pt", device=str(self.model.device)) as file:
+            with safe_open(path, "pt", device=device) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             progress = json.loads(metadata["progress"])
@@ -206,6 +236,9 @@ class _Run:
             raise WorkbenchError(f"checkpoint {path} cannot be read ({error}): delete it") from None
         if not same:
             raise WorkbenchError(f"checkpoint {path} belongs to another run: delete it")
+        return tensors, progress
+
+    def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, value in _tensors(self.model).items():
                 value.copy_(tensors[f"model.{name}"])
@@ -240,8 +273,15 @@ def save_weights(model: HybridLM, path: Path, metadata: dict[str, str] | None = 
     state = model.state_dict()
     for name in model.tied.keys() & state.keys():
         del state[name]
+    save_state({name: value.contiguous() for name, value in state.items()}, path, metadata)
+
+
+def save_state(
+    state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, whole or not at all."""
     with replacing(path) as temporary:
-        _save({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
+        _save(state, temporary, metadata)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:

@@ -145,6 +145,20 @@ def test_what_is_too_large_is_refused_before_it_is_built(cli: Cli, tmp_path: Pat
     assert not Path("out").exists()
 
 
+def test_a_launcher_that_says_too_little_or_too_much_is_refused(
+    cli: Cli, layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(cli, layout, "alone", "--json").json["processes"] == 1  # a cluster's own
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "--precision bfloat16 if that" in train(cli, layout).refused()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    message = train(cli, layout).refused()
+    assert "start the processes with accelerate launch or torchrun" in message
+    assert not Path("out").exists()
+
+
 def test_how_a_run_ran_is_recorded_and_part_of_it(cli: Cli, layout: Path) -> None:
     record = train(cli, layout, "out", "--json").json
     assert (record["mode"], record["note"]) == ("eager", "")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from workbench.data import DataSource
     from workbench.layout import Layout
     from workbench.model import HybridLM
+    from workbench.sharded_launch import Alone
     from workbench.training import TrainingConfig, TrainingResult
 
 EXAMPLES = """\
@@ -89,10 +90,12 @@ def train(
 
     Run again with the same arguments, it goes on from its checkpoint. Weights stay as trained:
     the layout's quantizers are not applied.
+
+    On several GPUs: accelerate launch --use_fsdp -m workbench train LAYOUT OUT, where --batch-size
+    counts the sequences of all together.
     """
-    from workbench import config as configs
     from workbench.cli.memory import explained
-    from workbench.training import TrainingConfig
+    from workbench.sharded_launch import started
 
     given = {
         "tokens": tokens,
@@ -106,21 +109,24 @@ def train(
         "checkpoint_blocks": checkpoint_blocks,
         "checkpoint_seconds": checkpoint_seconds,
     }
-    with as_options():
-        config = configs.from_dict(TrainingConfig, given)
-    run = _open(source, data, data_option, config, seed, device, tuple(plugin_dir or ()), runs)
-    with interrupts.explained(RESUME), explained(ADVICE):
-        record = _run(run, out)
-    if json:
+    folders = tuple(plugin_dir or ())
+    with started() as team:
+        run = team.everywhere(
+            lambda: _open(team, source, data, data_option, given, seed, device, folders, runs)
+        )
+        with interrupts.explained(RESUME), explained(ADVICE):
+            record = _run(run, out)
+    if json and team.is_first:
         print_json({**record, "path": str(out)})
-    else:
+    elif team.is_first:
         _print(record, out)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is to be trained on what, every option checked."""
+    """What is to be trained on what by whom, every option checked."""
 
+    team: Alone
     source: str
     layout: Layout
     plugins: Builder
@@ -144,10 +150,11 @@ class Run:
 
 
 def _open(
+    team: Alone,
     source: str,
     data: str,
     data_option: list[str] | None,
-    config: TrainingConfig,
+    given: dict[str, Any],
     seed: int,
     device: str,
     plugin_dirs: tuple[Path, ...],
@@ -158,28 +165,31 @@ def _open(
     Raises:
         WorkbenchError: an unknown name or field, or a model that cannot fit into memory.
     """
+    from workbench import config as configs
     from workbench.api import find
     from workbench.cli.memory import require_memory
-    from workbench.environment import resolve_device
     from workbench.kernel_caches import use_kernel_caches
     from workbench.records import runs_folder
+    from workbench.training import TrainingConfig
 
-    where = resolve_device(device)
+    with as_options():
+        config = configs.from_dict(TrainingConfig, given)
+        team.check(config)
+    where = team.device(device)
     use_kernel_caches(runs_folder(runs) / ".cache", where)
     plugins, layout, _ = find(source, plugin_dirs, runs)
     options = _data_config(plugins.data_sources[data], data_option)
-    # Weights, gradients and at least one moment a weight.
     total = plugins.costs(layout, length=config.seq_len).total
-    require_memory(12 * total.parameters, where, ADVICE)
-    return Run(source, layout, plugins, where, config, data, options, seed, runs)
+    require_memory(team.bytes_needed(total.parameters, where), where, ADVICE)
+    return Run(team, source, layout, plugins, where, config, data, options, seed, runs)
 
 
 def _run(run: Run, out: Path) -> dict[str, Any]:
     """Train, judge and write; the record of what came of it."""
-    text = _data(run)
-    _claim(out, run)
-    model = run.plugins.build(run.layout, device=run.device, seed=run.seed)
-    result = _train(model, text, run.config, out)
+    text = run.team.in_turn(lambda: _data(run))
+    run.team.first(lambda: _claim(out, run))
+    model = run.team.build(run.plugins, run.layout, device=run.device, seed=run.seed)
+    result = _train(model, text, run, out)
     return _finish(model, text, run, result, out)
 
 
@@ -270,14 +280,14 @@ def _claim(out: Path, run: Run) -> None:
     write_json(out / "run.json", now)
 
 
-def _train(model: HybridLM, text: DataSource, config: TrainingConfig, out: Path) -> TrainingResult:
+def _train(model: HybridLM, text: DataSource, run: Run, out: Path) -> TrainingResult:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from workbench.errors import WorkbenchError
     from workbench.training import DivergedError
-    from workbench.training import train as run_training
 
-    console = log()
+    console, config = log(), run.config
+    console.quiet = not run.team.is_first
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists():
         console.print(f"Resuming from {checkpoint}")
@@ -298,7 +308,7 @@ def _train(model: HybridLM, text: DataSource, config: TrainingConfig, out: Path)
                 console.print(f"training, {state}")
 
         try:
-            return run_training(model, text, config, checkpoint=checkpoint, progress=show)
+            return run.team.train(model, text, config, checkpoint=checkpoint, progress=show)
         except DivergedError as error:
             raise WorkbenchError(f"training diverged: {error}. Lower --lr.") from None
 
@@ -308,13 +318,11 @@ def _finish(
 ) -> dict[str, Any]:
     """Judge the model and write what came of it, the weights last: they mark a finished run."""
     from workbench.environment import environment
-    from workbench.evaluation import evaluate
     from workbench.files import write_json
-    from workbench.training import save_weights
     from workbench.trial import backends_of
 
-    config = run.config
-    judged = evaluate(model, text, config.batch_size, config.seq_len)
+    config, team = run.config, run.team
+    judged = team.evaluate(model, text, config.batch_size, config.seq_len)
     record = {
         **run.identity(),
         "source": run.source,
@@ -323,12 +331,13 @@ def _finish(
         "preparing_seconds": result.preparing_seconds,
         "mode": result.mode,
         "note": result.note,
+        "processes": team.count,
         "backend": backends_of(model, half=config.precision == "bfloat16"),
         "validation_loss": judged.loss,
         "bits_per_byte": None if judged.num_bytes is None else judged.bits_per_byte,
         "environment": environment(str(model.device)),
     }
-    write_json(out / "training.json", {**record, "curve": result.curve})
-    save_weights(model, out / "model.safetensors", {"layout": model.layout.hash})
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    team.first(lambda: write_json(out / "training.json", {**record, "curve": result.curve}))
+    team.save_weights(model, out / "model.safetensors", {"layout": model.layout.hash})
+    team.first(lambda: (out / "checkpoint.safetensors").unlink(missing_ok=True))
     return record
