@@ -108,6 +108,41 @@ def test_a_worker_that_dies_between_trials_is_replaced(open_workers, tmp_path):
     assert drain(executor, 1)[1].outcome == "complete"
 
 
+def parent_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("PPid:")[2].split()[0])
+
+
+def test_workers_are_forked_and_outlive_nothing(open_workers, tmp_path):
+    """Of one source; where that is gone, from another, and its workers are gone as well."""
+    executor = open_workers(2)
+    for number in range(2):
+        executor.submit(task(tmp_path, number, "toy"))
+    drain(executor, 2)
+    before, source = workers(executor), executor._source.process.pid
+    assert {parent_of(pid) for pid in before} == {source}
+    os.kill(source, signal.SIGKILL)
+    executor._source.process.wait()
+    executor.submit(task(tmp_path, 2, "toy"))
+    assert drain(executor, 1)[2].outcome == "complete"
+    assert gone(before)
+    after = workers(executor)
+    assert {parent_of(pid) for pid in after} == {executor._source.process.pid} != {source}
+    sources = {source, executor._source.process.pid}
+    executor.close()
+    assert gone(after | sources)
+
+
+def test_closing_does_not_wait_for_a_worker_that_is_not_there_yet(open_workers, tmp_path):
+    executor = open_workers(1)
+    executor.submit(task(tmp_path, 0, "toy"))
+    source = executor._source.process.pid
+    clock = time.monotonic()
+    executor.close()
+    assert time.monotonic() - clock < 1.0
+    assert gone({source})
+
+
 def test_cancelling_ends_what_is_in_flight(open_workers, tmp_path):
     executor = open_workers(2)
     for number in range(2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import selectors
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from workbench import kernels
 from workbench.errors import WorkbenchError
 from workbench.executors.base import Ended, Executor, Heard, Job, Task
-from workbench.executors.worker_process import WorkerDiedError, WorkerProcess
+from workbench.executors.worker_process import ForkSource, WorkerDiedError, WorkerProcess
 from workbench.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class ProcessExecutor(Executor):
         self.timeout = job.config.budget.trial_timeout
         self._environments = environments
         self._workers: dict[int, WorkerProcess] = {}  # by slot
+        self._source: ForkSource | None = None
         self._ended: list[Ended] = []
         self._selector = selectors.DefaultSelector()
 
@@ -118,9 +120,23 @@ class ProcessExecutor(Executor):
         if idle:
             return min(idle)
         slot = min(set(range(self.slots)) - self._workers.keys())
-        self._workers[slot] = worker = WorkerProcess(self._environments[slot])
+        environment = self._environments[slot]
+        self._workers[slot] = worker = WorkerProcess(environment, self._source_for(environment))
         self._selector.register(worker, selectors.EVENT_READ)
         return slot
+
+    def _source_for(self, environment: Mapping[str, str]) -> ForkSource | None:
+        """What a new worker is forked from; None where it has to start by itself."""
+        if self.job.device != "cpu" or environment or sys.platform != "linux":
+            return None
+        if self._source is None or self._source.process.poll() is not None:
+            self._close_source()
+            self._source = ForkSource()
+        return self._source
+
+    def _close_source(self) -> None:
+        if self._source is not None:
+            self._source.close()
 
     def _deadline(self) -> float | None:
         return None if self.timeout is None else time.monotonic() + self.timeout
@@ -213,3 +229,4 @@ class ProcessExecutor(Executor):
         self.cancel()
         for worker in list(self._workers.values()):
             self._end(worker)
+        self._close_source()

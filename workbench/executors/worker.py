@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -48,16 +49,15 @@ def main() -> None:
 def open_place(job: Job, seconds: dict[str, float]) -> Any:
     """The trials' Workplace; leaves the seconds of `imports` and `opening`."""
     started = time.perf_counter()
-    with _without_collections(), _waking(job):
-        import torch
-        import torch._dynamo  # seconds that the first optimizer would otherwise add to its trial
+    with without_collections(), _waking(job):
+        import_all(job.device)
+    import torch
 
-        if job.device.startswith("cuda"):
-            import torch._inductor.compile_fx  # and the first block
-        from workbench import kernels
-        from workbench.builder import default_builder
-        from workbench.identity import used_backends
-        from workbench.trial import Workplace
+    from workbench import kernels
+    from workbench.builder import default_builder
+    from workbench.identity import used_backends
+    from workbench.trial import Workplace
+
     seconds["imports"] = time.perf_counter() - started
     if job.config.runtime.threads is not None:
         torch.set_num_threads(job.config.runtime.threads)
@@ -73,8 +73,18 @@ def open_place(job: Job, seconds: dict[str, float]) -> Any:
     return place
 
 
+def import_all(device: str) -> None:
+    """Import whatever a trial on a device needs; of plugins nothing."""
+    names = ["workbench.builder", "workbench.identity", "workbench.trial"]
+    names.append("torch._dynamo")  # seconds that the first optimizer would add to its trial
+    if device.startswith("cuda"):
+        names.append("torch._inductor.compile_fx")  # and the first block
+    for name in names:
+        importlib.import_module(name)
+
+
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """Import without garbage collection, and leave what was imported out of all later ones.
 
     Hundreds of thousands of objects that live as long as the process: 0.26 s a collection.

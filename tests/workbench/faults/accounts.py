@@ -21,6 +21,8 @@ from tests.workbench.faults.tickets import FOLDER
 from workbench.ledger import is_judged, state_of
 from workbench.records import Study, Trial
 
+HARMLESS = frozenset({"complete", "stopped", "duplicate", "infeasible", "interrupted"})
+
 
 @dataclasses.dataclass
 class Accounts:
@@ -125,17 +127,20 @@ def _explain(accounts: Accounts, campaign: Campaign, records: dict[int, Trial]) 
     fired = {facts["number"]: facts for facts in campaign.fired}
     missing = [fault for fault in campaign.faults if fault.number not in fired]
     accounts.unexplained += [f"did not strike: {fault}" for fault in missing]
-    planted = set()
+    planted: dict[int, set[str]] = {}
     for facts in fired.values():
-        if not facts["trial"]:
-            continue
-        trial = records[int(Path(facts["trial"]).name)]
-        planted.add(trial.number)
-        if trial.outcome not in (OUTCOMES[facts["kind"]], "interrupted"):
+        if facts["trial"]:
+            outcome = OUTCOMES[facts["kind"]]
+            kinds = {outcome, "stopped"} if outcome == "complete" else {outcome}
+            planted.setdefault(int(Path(facts["trial"]).name), {"interrupted"}).update(kinds)
+    for facts in fired.values():
+        trial = records[int(Path(facts["trial"]).name)] if facts["trial"] else None
+        if trial is not None and trial.outcome not in planted[trial.number]:
             accounts.unexplained.append(f"{facts} ended as {trial.outcome}: {trial.reason}")
     for trial in records.values():
-        harmless = trial.outcome in ("complete", "duplicate", "infeasible", "interrupted")
-        if not harmless and trial.number not in planted:
+        # A checkpoint that was damaged is found so by the trial that takes it over.
+        before = planted.get(trial.data.get("retry_of") or -1, set())
+        if trial.number not in planted and trial.outcome not in HARMLESS | before:
             accounts.unexplained.append(f"{trial} without a fault: {trial.reason}")
 
 

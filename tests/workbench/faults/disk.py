@@ -37,13 +37,19 @@ class LimitedFiles:
         self.folder = folder
 
     def fill(self, study_process: int) -> None:
-        listing = Path(f"/proc/{study_process}/task/{study_process}/children").read_text()
-        for pid in (study_process, *map(int, listing.split())):
+        for pid in tree(study_process):
             _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (ROOM // 4, hard))
 
     def clear(self) -> None:
         """The limit ended with the processes."""
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield pid
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield from tree(int(child))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Runs a study under a schedule of faults, starting it again whenever its process died."""
+"""Runs a study under a schedule of faults: two processes, each started again whenever it died."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from workbench.storage_url import ENVIRONMENT
 
 ROOT = Path(__file__).parents[3]
 NAME = "faults"
+PARENTS = 2  # processes on the study: one goes on while another is killed and started again
+MARK = "WORKBENCH_FAULTS_PARENT"  # tells which of them a process belongs to
 SPARE = 8  # trials of the budget beyond what the faults in workers use up
+MORE = 8  # trials added at the end, as long as there are faults that met no trial
 SETTLING = 10.0  # seconds that processes whose parent was killed may take to end
-LIMIT = 600.0  # seconds for a whole study
+LIMIT = 900.0  # seconds for a whole study
 STUDY: dict[str, Any] = {
     "name": NAME,
     "objectives": ["loss", "weights"],
@@ -39,8 +42,9 @@ STUDY: dict[str, Any] = {
     "training": {
         "tokens": 512, "batch_size": 4, "seq_len": 16, "lr": 0.01, "checkpoint_seconds": 1e-6
     },
+    "rungs": {"at": [0.5], "min_peers": 4, "margin": 0.02},
     "budget": {"trials": 1, "trial_timeout": 8.0, "retries": 4},
-    "runtime": {"device": "cpu", "executor": "process", "workers": 2, "threads": 1},
+    "runtime": {"device": "cpu", "executor": "process", "workers": 1, "threads": 1},
     "plugin_dirs": [str(Path(__file__).parent / "injector")],
 }  # fmt: skip
 
@@ -51,7 +55,7 @@ class Campaign:
 
     Attributes:
         fired: the faults that struck, as their tickets say.
-        starts: of the study's process.
+        starts: of the study's processes.
         orphans: processes that outlived the one that started them.
         log: what the study's processes printed.
     """
@@ -127,82 +131,119 @@ def run_campaign(
     tickets = Tickets(folder / "tickets")
     tickets.lay_out(faults)
     campaign = Campaign(disk.folder / "runs", url, needed(faults) + SPARE, faults)
-    config = {**STUDY, "seed": seed, "budget": {**STUDY["budget"], "trials": campaign.budget}}
-    (folder / "study.json").write_text(json.dumps(config))
     away = Away(campaign.study / "optuna.db", server)
     began = time.monotonic()
-    finished = False
-    while not finished:
-        assert time.monotonic() - began < LIMIT, "the study does not come to its end"
-        finished = _one_start(folder, tickets, campaign, disk, away)
+    while True:
+        config = {**STUDY, "seed": seed, "budget": {**STUDY["budget"], "trials": campaign.budget}}
+        (folder / "study.json").write_text(json.dumps(config))
+        _Parents(folder, tickets, campaign, disk, away, began + LIMIT).run()
+        tickets.put_back()
+        if not tickets.left():
+            break
+        campaign.budget += MORE
     away.wait()
     campaign.seconds = time.monotonic() - began
     campaign.fired = tickets.fired()
     return campaign
 
 
-def _one_start(
-    folder: Path, tickets: Tickets, campaign: Campaign, disk: SmallDisk | LimitedFiles, away: Away
-) -> bool:
-    """Start the study's process and serve it until it ends; True once the study is finished."""
-    tickets.put_back()
-    campaign.starts += 1
-    environment = {**os.environ, FOLDER: str(tickets.folder), "PYTHONPATH": str(ROOT)}
-    environment.pop(ENVIRONMENT, None)
-    if campaign.url is not None:
-        environment[ENVIRONMENT] = campaign.url
-    command = [sys.executable, "-m", f"{__package__}.parent", "study.json", str(campaign.runs)]
-    log = folder / f"log-{campaign.starts:03d}.txt"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
+@dataclasses.dataclass
+class _Parents:
+    """The study's processes, each started again until it has seen the study's end.
+
+    Attributes:
+        until: when all must be over, on `time.monotonic`.
+        full: whether the disk was filled at any time: several processes may stop for it.
+    """
+
+    folder: Path
+    tickets: Tickets
+    campaign: Campaign
+    disk: SmallDisk | LimitedFiles
+    away: Away
+    until: float
+    full: bool = False
+
+    def run(self) -> None:
+        """Serve them until all are done.
+
+        Raises:
+            AssertionError: one ended as no fault explains, or never.
+        """
+        running = dict(self._start() for _ in range(PARENTS))
         try:
-            full = _serve(process, tickets, disk, away)
+            while running:
+                assert time.monotonic() < self.until, "the study does not come to its end"
+                self._serve()
+                for process in [one for one in running if one.poll() is not None]:
+                    if not self._is_done(process, running.pop(process)):
+                        running.update([self._start()])
+                time.sleep(0.01)
         finally:
-            process.kill()
-            process.wait()
-            disk.clear()
-    campaign.log += log.read_text()
-    campaign.orphans += settled(tickets.folder)
-    stopped = full and process.returncode == 1
-    assert process.returncode in (0, -9) or stopped, log.read_text()
-    return process.returncode == 0
+            for process in running:
+                process.kill()
+                process.wait()
+            self.disk.clear()
 
+    def _start(self) -> tuple[subprocess.Popen[bytes], int]:
+        self.campaign.starts += 1
+        number = self.campaign.starts
+        environment = {
+            **os.environ,
+            FOLDER: str(self.tickets.folder),
+            MARK: str(number),
+            "PYTHONPATH": str(ROOT),
+        }
+        environment.pop(ENVIRONMENT, None)
+        if self.campaign.url is not None:
+            environment[ENVIRONMENT] = self.campaign.url
+        runs = str(self.campaign.runs)
+        command = [sys.executable, "-m", f"{__package__}.parent", "study.json", runs]
+        with self._log(number).open("w") as out:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=out, stderr=out
+            )
+        return process, number
 
-def _serve(
-    process: subprocess.Popen[bytes],
-    tickets: Tickets,
-    disk: SmallDisk | LimitedFiles,
-    away: Away,
-) -> bool:
-    """Do what faults ask for until the process ends; whether the disk was full."""
-    full = False
-    until = time.monotonic() + LIMIT
-    while process.poll() is None:
-        assert time.monotonic() < until, "the study's process does not end"
-        for fault in tickets.asked():
+    def _log(self, number: int) -> Path:
+        return self.folder / f"log-{number:03d}.txt"
+
+    def _serve(self) -> None:
+        """Do what faults ask for."""
+        for fault, process in self.tickets.asked():
             if fault.kind == "disk full":
-                full = True
-                disk.fill(process.pid)
+                self.full = True
+                self.disk.fill(process)
             else:
-                away.begin(fault.seconds)
-            tickets.acknowledge(fault)
-        time.sleep(0.01)
-    return full
+                self.away.begin(fault.seconds)
+            self.tickets.acknowledge(fault)
+
+    def _is_done(self, process: subprocess.Popen[bytes], number: int) -> bool:
+        """Whether a process that ended has seen the study's end."""
+        words = self._log(number).read_text()
+        self.campaign.log += words
+        self.campaign.orphans += settled(MARK, str(number))
+        self.tickets.put_back(f"p{process.pid}")
+        if process.returncode == 1 and self.full:
+            self.disk.clear()
+            return False
+        assert process.returncode in (0, -9), words
+        return process.returncode == 0
 
 
-def settled(marker: Path) -> list[int]:
-    """Processes of a study that are there although none should be, after a while; ended then."""
+def settled(name: str, value: str) -> list[int]:
+    """Marked processes that are there although none should be, after a while; ended then."""
     until = time.monotonic() + SETTLING
-    while (left := list(marked(marker))) and time.monotonic() < until:
+    while (left := list(marked(name, value))) and time.monotonic() < until:
         time.sleep(0.05)
     for pid in left:
         os.kill(pid, 9)
     return left
 
 
-def marked(marker: Path) -> Iterator[int]:
-    """Processes whose environment names a folder of tickets."""
-    wanted = f"{FOLDER}={marker}".encode()
+def marked(name: str, value: str) -> Iterator[int]:
+    """Processes whose environment has a variable with a value."""
+    wanted = f"{name}={value}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if wanted in (path / "environ").read_bytes().split(b"\0"):

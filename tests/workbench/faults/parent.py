@@ -1,6 +1,7 @@
-"""The study's process under faults: `python -m tests.workbench.faults.parent STUDY.json RUNS`.
+"""A study's process under faults: `python -m tests.workbench.faults.parent STUDY.json RUNS`.
 
-It is `run_study` with a look at the tickets before and after each write to the books.
+It is `run_study` with a look at the tickets before and after each write to the books, and while a
+trial is paused at a rung.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from tests.workbench.faults.tickets import Tickets
 from workbench import storage
 from workbench.claims import Claims
 from workbench.errors import WorkbenchError
+from workbench.ledger import CHECKPOINT
+from workbench.rungs import CONTINUE
+from workbench.scheduler import Scheduler
 from workbench.study import Reporter, run_study
 from workbench.study_config import StudyConfig
 
@@ -33,16 +37,22 @@ class Points:
         self.fault: Fault | None = None
         self.passes = 0
 
-    def reach(self, place: str) -> None:
+    def reach(self, place: str, scheduler: Any = None, number: int = 0) -> None:
+        """Strike if it is time; at points of a rung with the scheduler and the paused trial."""
         if self.fault is None:
-            self.fault, self.passes = self.tickets.take("parent"), 0
+            self.fault, self.passes = self.tickets.take("parent", f"p{os.getpid()}"), 0
         if self.fault is None or self.fault.place != place:
             return
         self.passes += 1
         if self.passes >= self.fault.after:
             fault, self.fault = self.fault, None
-            self.tickets.fire(fault)
-            self._strike(fault)
+            if fault.kind in PAUSED:
+                folder = scheduler.ledger.path(number)
+                self.tickets.fire(fault, str(folder))
+                PAUSED[fault.kind](scheduler, folder / CHECKPOINT)
+            else:
+                self.tickets.fire(fault)
+                self._strike(fault)
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "parent killed":
@@ -53,6 +63,27 @@ class Points:
             assert fault.kind == "parent's clock jumps"
             real, jump = time.time, fault.seconds
             time.time = lambda: real() + jump
+
+
+def kill_idle(scheduler: Any, checkpoint: Path) -> None:
+    """End the workers that have no trial, the one among them that just paused one."""
+    idle = [w.process for w in scheduler.executor._workers.values() if w.trial is None]
+    assert idle
+    for process in idle:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def damage(scheduler: Any, checkpoint: Path) -> None:
+    """Cut a checkpoint off, as a file system may after a loss of power."""
+    os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+
+
+PAUSED: dict[str, Callable[[Any, Path], None]] = {
+    "idle worker killed": kill_idle,
+    "checkpoint damaged": damage,
+    "checkpoint gone": lambda scheduler, checkpoint: checkpoint.unlink(),
+}
 
 
 def watch(points: Points) -> None:
@@ -74,6 +105,7 @@ def watch(points: Points) -> None:
     around(storage, "ask", None, "asked")
     around(storage, "tell", "telling", "told")
     around(Claims, "take", None, "claimed")
+    watch_rungs(points)
     real = os.replace
 
     def replace(source: Any, target: Any) -> None:
@@ -88,6 +120,20 @@ def watch(points: Points) -> None:
     storage._engine_arguments = lambda url: (
         {**engine(url), **hasty} if url.startswith("sqlite") else engine(url)
     )
+
+
+def watch_rungs(points: Points) -> None:
+    """Put the places into what decides on a paused trial."""
+    decide = Scheduler._decide
+
+    def watched(scheduler: Scheduler, flight: Any) -> str:
+        points.reach("paused", scheduler, flight.number)
+        decision = decide(scheduler, flight)
+        if decision == CONTINUE:
+            points.reach("decided", scheduler, flight.number)
+        return decision
+
+    Scheduler._decide = watched  # type: ignore[method-assign]
 
 
 class Loud(Reporter):

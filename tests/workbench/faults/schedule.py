@@ -7,23 +7,31 @@ import random
 from collections.abc import Mapping
 
 # Where in a trial a worker can be hit. `weights`: the file is written and not yet renamed.
-STAGES = ("constructor", "measured", "forward", "checkpoint", "weights", "trained", "quantized")
-# Where the study's process can be hit, around each write to its books.
-POINTS = ("asked", "claimed", "writing", "telling", "told")
-STEPS = 8  # of each training: a fault in `forward` or at a checkpoint is in one of the first
+STAGES = (
+    "constructor", "measured", "forward", "checkpoint", "rung", "weights", "trained", "quantized"
+)  # fmt: skip
+# Where a study's process can be hit: around each write to its books, and while a trial is paused at
+# a rung, before and after it is on record whether that trial goes on.
+RUNG_POINTS = ("paused", "decided")
+POINTS = ("asked", "claimed", "writing", "telling", "told", *RUNG_POINTS)
+STEPS = 4  # of each part of a training: a fault in `forward` or at a checkpoint is before the last
 PLACES: dict[str, tuple[str, ...]] = {
     "worker killed": STAGES,
     "worker exits": STAGES,
     "sys.exit": ("constructor", "measured", "forward", "trained", "quantized"),
     "hang": ("constructor", "measured", "forward", "trained"),
-    "out of memory": ("constructor", "forward", "quantized"),
-    "NaN": ("forward", "measured", "quantized"),
-    "plugin raises": ("constructor", "measured", "forward", "trained", "quantized"),
+    "out of memory": ("constructor", "forward", "rung", "quantized"),
+    "NaN": ("forward", "measured", "rung", "quantized"),
+    "plugin raises": ("constructor", "measured", "forward", "rung", "trained", "quantized"),
     "worker's clock jumps": STAGES,
-    "parent killed": (*POINTS, "forward", "checkpoint", "weights", "quantized"),
+    "parent killed": (*POINTS, "forward", "checkpoint", "rung", "weights", "quantized"),
     "disk full": ("forward", "checkpoint", "weights", "measured"),
     "storage away": (*POINTS, "forward", "weights"),
     "parent's clock jumps": POINTS,
+    # Of a trial that is paused at a rung: of its worker, and of what it left.
+    "idle worker killed": RUNG_POINTS,
+    "checkpoint damaged": ("decided",),
+    "checkpoint gone": ("decided",),
 }
 SHAPES = {"out of memory": ("MemoryError", "torch", "allocator", "limit")}
 # What the trial's record says of a fault in its worker.
@@ -39,6 +47,9 @@ OUTCOMES = {
     "parent killed": "interrupted",
     "disk full": "interrupted",
     "storage away": "complete",
+    "idle worker killed": "complete",
+    "checkpoint damaged": "error",
+    "checkpoint gone": "complete",
 }
 AGAIN = ("crashed", "interrupted")  # the trial runs again, and uses up no budget
 
@@ -49,7 +60,7 @@ class Fault:
 
     Attributes:
         number: its place in the schedule.
-        place: a stage of a trial, or a point of the study's process.
+        place: a stage of a trial, or a point of a study's process.
         after: hits at the so-manieth time that the place is reached.
         seconds: how long what passes lasts, or how far a clock jumps.
         shape: of an `out of memory`.
@@ -68,19 +79,27 @@ class Fault:
 
 
 def draw(seed: int, counts: Mapping[str, int]) -> list[Fault]:
-    """A schedule with so many faults of each kind, in random order and at random places."""
+    """A schedule with so many faults of each kind, in random order and at random places.
+
+    A kind strikes at each of its places before it strikes at one again.
+    """
     chance = random.Random(seed)
-    kinds = [kind for kind, count in counts.items() for _ in range(count)]
-    chance.shuffle(kinds)
-    return [_drawn(chance, number, kind) for number, kind in enumerate(kinds)]
+    drawn = [
+        (kind, places[index % len(places)])
+        for kind, count in counts.items()
+        for places in [chance.sample(PLACES[kind], len(PLACES[kind]))]
+        for index in range(count)
+    ]
+    chance.shuffle(drawn)
+    return [_drawn(chance, number, *what) for number, what in enumerate(drawn)]
 
 
-def _drawn(chance: random.Random, number: int, kind: str) -> Fault:
-    place = chance.choice(PLACES[kind])
-    if place in POINTS:
+def _drawn(chance: random.Random, number: int, kind: str, place: str) -> Fault:
+    after = 1
+    if place in ("forward", "checkpoint"):
+        after = chance.randint(1, STEPS - 1)
+    elif place in POINTS and place not in RUNG_POINTS:
         after = chance.randint(1, 2)
-    else:
-        after = chance.randint(1, STEPS - 2) if place in ("forward", "checkpoint") else 1
     jumps = "clock" in kind
     seconds = chance.choice((-1, 1)) * chance.uniform(60, 1e6) if jumps else chance.uniform(0.3, 1)
     return Fault(number, kind, place, after, seconds, chance.choice(SHAPES.get(kind, ("",))))

@@ -18,7 +18,7 @@ from workbench import Metric, hookimpl
 
 TICKETS = Tickets.from_environment()
 PEER = "tests.workbench.faults.optuna_peer"  # for comparison: no parent, so the driver acts for it
-PROCESSES = ("workbench.executors.worker", PEER)
+PROCESSES = ("workbench.executors.worker", "workbench.executors.worker_source", PEER)
 REPLACED = {"checkpoint.safetensors": "checkpoint", "model.safetensors": "weights"}
 ROOM = 16 * 2**20  # bytes of address space that a limited worker has left
 
@@ -45,7 +45,7 @@ def reach(place: str) -> bool:
     if log.name != "log.txt":
         return False
     if folder != Trial.folder:
-        Trial.folder, Trial.fault, Trial.passes = folder, TICKETS.take("worker"), 0
+        Trial.folder, Trial.fault, Trial.passes = folder, TICKETS.take_for(log.parent), 0
     fault = Trial.fault
     if fault is None or fault.place != place:
         return False
@@ -78,11 +78,17 @@ def strike(fault: Fault) -> bool:
             if running() == PEER:
                 TICKETS.ask(fault, os.getpid())
             else:
-                os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(study_process(), signal.SIGKILL)
             time.sleep(3600)
         case "disk full" | "storage away":
-            TICKETS.ask(fault, os.getppid())
+            TICKETS.ask(fault, study_process())
     return fault.kind == "NaN"
+
+
+def study_process() -> int:
+    """The process that runs the study: the parent of what this worker was forked from."""
+    status = Path(f"/proc/{os.getppid()}/status").read_text()
+    return int(status.partition("PPid:")[2].split()[0])
 
 
 def starve(shape: str) -> None:
@@ -134,7 +140,10 @@ class FaultyLoss(Loss):
     """The objective."""
 
     def measure(self, subject):
-        return float("nan") if reach("quantized") else super().measure(subject)
+        # The weights are written when the training is over, so not yet at a rung.
+        is_over = Path(os.readlink("/proc/self/fd/1")).with_name("model.safetensors").exists()
+        place = "quantized" if is_over else "rung"
+        return float("nan") if reach(place) else super().measure(subject)
 
 
 class Trained(Metric):
