@@ -18,15 +18,15 @@ from typing import Any
 
 from workbench.builder import default_builder
 from workbench.environment import resolve_device
-from workbench.errors import FieldError, WorkbenchError
+from workbench.errors import DiskError, FieldError, WorkbenchError
 from workbench.executors import Executor, Task, open_executor
 from workbench.files import make_folder, read_json, write_json
 from workbench.identity import identity, refuse_change
-from workbench.intervals import FOLDER
+from workbench.intervals import FOLDER, repeated_objectives
 from workbench.ledger import JUDGED
 from workbench.records import Study, Trial, load_study
 from workbench.space import Space
-from workbench.study_config import StudyConfig
+from workbench.study_config import RuntimeConfig, StudyConfig
 from workbench.trial import Workplace
 from workbench.verdict import Verdict
 
@@ -83,7 +83,8 @@ def confirm(
         say: is told of each training.
 
     Raises:
-        WorkbenchError: no such trial; the study could not be resumed here; another call is at it.
+        WorkbenchError: no such trial; no objective that a seed changes; the study could not be
+            resumed here; another call is at it.
         KeyboardInterrupt: the next call goes on.
     """
     if seeds < 2:
@@ -119,6 +120,11 @@ def other_seeds(seed: int, count: int) -> list[int]:
 
 
 def _finalists(study: Study, numbers: Sequence[int]) -> list[Trial]:
+    if not repeated_objectives(study):
+        raise WorkbenchError(
+            f"every objective of study {study.name!r} is static, the same for every seed: there is "
+            "nothing to confirm."
+        )
     if not numbers:
         front = study.front_trials()
         if not front:
@@ -135,20 +141,40 @@ def _finalists(study: Study, numbers: Sequence[int]) -> list[Trial]:
     return trials
 
 
-def _workplace(study: Study, runtime: Mapping[str, Any], cache_dir: Path) -> Workplace:
+def changed_runtime(study: Study, changes: Mapping[str, Any]) -> RuntimeConfig:
+    """The study's `[runtime]` with other values in some fields.
+
+    Raises:
+        FieldError, UnknownNameError: a value that it cannot have; names the field.
+    """
+    runtime = _config(study).runtime
+    if changes.get("executor", "ray") != "ray":
+        changes = {"address": None, **changes}  # the cluster's, which is not asked
+    return dataclasses.replace(runtime, **changes)
+
+
+def _config(study: Study) -> StudyConfig:
+    if "config" not in study.data:
+        raise WorkbenchError(f"{study.path / 'study.json'} is damaged: it lacks 'config'")
+    return StudyConfig.from_dict(study.data["config"])
+
+
+def _workplace(study: Study, changes: Mapping[str, Any], cache_dir: Path) -> Workplace:
     """The study's workplace as it would be resumed.
 
     Raises:
         WorkbenchError: it could not be resumed here; names what differs.
     """
-    if "config" not in study.data:
-        raise WorkbenchError(f"{study.path / 'study.json'} is damaged: it lacks 'config'")
-    config = StudyConfig.from_dict(study.data["config"])
-    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **runtime))
+    runtime = changed_runtime(study, changes)
     try:
-        device = resolve_device(config.runtime.device)
+        device = resolve_device(runtime.device)
     except FieldError as error:
         raise error.within("runtime") from None
+    if runtime.threads is None and not device.startswith("cuda"):
+        # Other workers would have another share of the cores, and losses that do not compare.
+        threads = study.data.get("identity", {}).get("threads")
+        runtime = dataclasses.replace(runtime, threads=threads)
+    config = dataclasses.replace(_config(study), runtime=runtime)
     builder = default_builder(config.plugin_dirs)
     place = Workplace(config, builder, device, cache_dir)
     place.probe()
@@ -181,15 +207,22 @@ def _alone(folder: Path) -> Iterator[None]:
 
     Raises:
         WorkbenchError: one does.
+        DiskError: the folder cannot be written, or its file system knows no locks.
     """
     make_folder(folder)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise DiskError(f"cannot write to {folder}: {error.strerror}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WorkbenchError(
                 f"another process confirms this study already ({folder}): wait for it."
             ) from None
+        except OSError as error:
+            raise DiskError(f"cannot lock {folder / '.lock'}: {error.strerror}") from None
         yield
 
 

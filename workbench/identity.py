@@ -145,7 +145,7 @@ def refuse_change(folder: Path, now: dict[str, Any], name: str) -> None:
     # A study from before there were other kernels, or rungs, had none.
     rungs = dataclasses.asdict(RungsConfig())
     before = {"backends": {}, "rungs": rungs, **Study(folder).data.get("identity", {})}
-    changes = list(_differences(before, now))
+    changes = list(differences(before, now))
     if changes:
         shown = "\n".join(f"  {change}" for change in changes[:8])
         way_back = (
@@ -161,11 +161,12 @@ def refuse_change(folder: Path, now: dict[str, Any], name: str) -> None:
         )
 
 
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    """What differs between two pieces of JSON data, as `training.lr: 1 then, 2 now`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             inner = f"{where}.{key}" if where else str(key)
-            yield from _differences(before.get(key), now.get(key), inner)
+            yield from differences(before.get(key), now.get(key), inner)
     elif _plain(before) != _plain(now):
         yield f"{where}: {before!r} then, {now!r} now"
 

@@ -177,7 +177,8 @@ def _read(path: Path) -> Confirmation:
     number, seed = int(path.parts[-3]), int(path.parts[-2])
     try:
         data = read_json(path)
-        outcome, metrics = str(data["outcome"]), dict(data.get("metrics", {}))
+        outcome, found = str(data["outcome"]), dict(data.get("metrics", {}))
+        metrics = {name: float(value) for name, value in found.items()}
     except (WorkbenchError, KeyError, TypeError, ValueError) as error:
         data = {"outcome": "damaged", "reason": str(error)}
         outcome, metrics = "damaged", {}
@@ -228,12 +229,13 @@ def _confirmed(
 def _unresolved(
     one: ConfirmedTrial, others: Sequence[ConfirmedTrial]
 ) -> dict[int, tuple[str, ...]]:
-    """With whom a trial shares an overlap in an objective in which their means differ."""
+    """With whom a trial shares an overlap in an objective, unless every seed says that they tie."""
     shared = {
         other.number: tuple(
             name
             for name, mine in one.intervals.items()
-            if mine.mean != other.intervals[name].mean and mine.overlaps(other.intervals[name])
+            if mine.overlaps(other.intervals[name])
+            and not (mine.half == 0.0 == other.intervals[name].half)
         )
         for other in others
         if other is not one

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from workbench.builder import default_builder
 from workbench.environment import resolve_device
 from workbench.errors import FieldError, WorkbenchError
 from workbench.files import new_folder, write_json
-from workbench.identity import identity
+from workbench.identity import differences, identity
 from workbench.ledger import Ledger, objectives_of, settles_layout, state_of
 from workbench.parents import Parent, joined
 from workbench.records import Study, Trial, load_study, runs_folder
@@ -117,29 +117,21 @@ def _refuse_incomparable(source: Study, now: dict[str, Any], name: str) -> None:
     """Refuse a new study whose figures would not compare with the old one's."""
     before = {"backends": {}, "rungs": now.get("rungs"), **source.data.get("identity", {})}
     differ = [
-        f"  {field}: {before.get(field)!r} then, {value!r} now"
+        change
         for field, value in now.items()
-        if field not in MAY_GROW and _plain(before.get(field)) != _plain(value)
+        if field not in MAY_GROW
+        for change in differences(before.get(field), value, field)
     ]
     for field in ("plugins", "backends"):  # those that both use
-        differ += [
-            f"  {field}.{key}: {before[field][key]!r} then, {now[field][key]!r} now"
-            for key in before.get(field, {})
-            if key in now[field] and _plain(before[field][key]) != _plain(now[field][key])
-        ]
+        for key in before.get(field, {}).keys() & now[field].keys():
+            differ += differences(before[field][key], now[field][key], f"{field}.{key}")
     if differ:
-        shown = "\n".join(differ[:8])
+        shown = "\n".join(f"  {change}" for change in sorted(differ)[:8])
         raise WorkbenchError(
             f"study {source.name!r} cannot be migrated to {name!r}: more than the space differs.\n"
             f"{shown}\nIts trials would not compare with new ones. Put these back, or run the new "
             "study from its beginning."
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _fitting(source: Study, space: Space) -> tuple[list[_Copy], dict[str, int]]:
@@ -154,11 +146,11 @@ def _fitting(source: Study, space: Space) -> tuple[list[_Copy], dict[str, int]]:
     for trial in source.trials():
         original = trial.data.get("duplicate_of")
         if not (settles_layout(trial) or trial.outcome in ("duplicate", "infeasible")):
-            left_out[f"is {trial.outcome}"] += 1
+            left_out[f"outcome {trial.outcome}"] += 1
         elif not (trial.path / "layout.json").exists():
-            left_out["has no layout"] += 1
+            left_out["no layout on record"] += 1
         elif original is not None and all(copy.old.number != original for copy in copies):
-            left_out["repeats a trial that is left out"] += 1
+            left_out["a repeat of one that is left out"] += 1
         else:
             found, reason = replayed(space, trial.layout, trial.params, known)
             if found is None:

@@ -21,7 +21,7 @@ from typing import Any
 from workbench.builder import default_builder
 from workbench.enumeration import LIMIT, Enumeration, Suggested, enumerate_space
 from workbench.environment import resolve_device
-from workbench.errors import WorkbenchError
+from workbench.errors import FieldError, WorkbenchError
 from workbench.executors import Executor, Task, open_executor
 from workbench.files import write_json
 from workbench.identity import identity, refuse_change
@@ -50,6 +50,7 @@ class Oracle:
     Args:
         config: the study's.
         limit: of layouts.
+        study: the study's folder; `config.name` in the runs folder if left out.
 
     Attributes:
         enumeration: every layout.
@@ -61,13 +62,21 @@ class Oracle:
     """
 
     def __init__(
-        self, config: StudyConfig, runs: str | Path | None = None, limit: int = LIMIT
+        self,
+        config: StudyConfig,
+        runs: str | Path | None = None,
+        limit: int = LIMIT,
+        *,
+        study: Path | None = None,
     ) -> None:
         builder = default_builder(config.plugin_dirs)
         self.config = config
-        self.folder = runs_folder(runs) / config.name / FOLDER
-        self.cache_dir = runs_folder(runs) / ".cache"
-        device = resolve_device(config.runtime.device)
+        self.folder = (study or runs_folder(runs) / config.name) / FOLDER
+        self.cache_dir = self.folder.parent.parent / ".cache"
+        try:
+            device = resolve_device(config.runtime.device)
+        except FieldError as error:
+            raise error.within("runtime") from None
         self.place = Workplace(config, builder, device, self.cache_dir)
         self.space = Space(config.space, builder, self.place.data.vocab_size)
         metrics, steps = self.place.metrics, self.place.training.steps
@@ -115,6 +124,8 @@ class Oracle:
                     f"another process judges the layouts of {self.config.name} already "
                     f"({', '.join(others)}): wait for it, or end it."
                 )
+            with parent.exclusive():  # a new one is not locked before its turn ends
+                parent.forget(parent.dead())
             record = study_record(self.place, self.space, self.facts)
             name = f"{self.config.name}/{FOLDER}"
             write_json(self.folder / "study.json", {"name": name, **record})
@@ -307,11 +318,7 @@ def report(study: Study, truth: Study) -> Report:
     complete = [trial for trial in trials if trial.outcome == "complete"]
     points = {str(t.data["layout_hash"]): _point(truth, t) for t in complete}
     regret = Regret(list(points.values()))
-    judged = [trial for trial in study.trials() if is_judged(trial)]
-    if not judged:
-        raise WorkbenchError(
-            f"no trial of study {study.name!r} is judged yet: workbench run its file first."
-        )
+    judged = judged_trials(study)
     found = [
         points.get(trial.data.get("layout_hash", "")) if trial.outcome == "complete" else None
         for trial in judged
@@ -326,6 +333,20 @@ def report(study: Study, truth: Study) -> Report:
     missed = [t for t in front if points[str(t.data["layout_hash"])] not in reached]
     outcomes = Counter(trial.outcome for trial in trials)
     return Report(outcomes=dict(outcomes), front=front, missed=missed, evaluations=evaluations)
+
+
+def judged_trials(study: Study) -> list[Trial]:
+    """What a search has to be compared, by number.
+
+    Raises:
+        WorkbenchError: nothing.
+    """
+    judged = [trial for trial in study.trials() if is_judged(trial)]
+    if not judged:
+        raise WorkbenchError(
+            f"no trial of study {study.name!r} is judged yet: workbench run its file first."
+        )
+    return judged
 
 
 def trainings(record: Mapping[str, Any]) -> float:

@@ -30,7 +30,8 @@ STEPS = (64, 32, 16)  # of d_model; a finer one where the coarser ones miss
 MOST_LAYERS = 512
 MOST_WIDTH = 32_768
 REACH = 4.0  # how far off a size along the aspect may be for its width to be tried at other depths
-COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([kKmMbBgGtT]?)")
+MOST_DIGITS = 30  # of a count; more is a slip of the hand
+COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([kKmMbBgGtT]?)", re.ASCII)
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
@@ -41,9 +42,10 @@ def parse_count(text: str, field: str = "--params") -> int:
         FieldError: it is none, or below one.
     """
     match = COUNT.fullmatch(text.strip())
-    if match is None:
+    if match is None or len(text) > MOST_DIGITS:
+        shown = text if len(text) <= MOST_DIGITS else f"{text[:MOST_DIGITS]}…"
         raise FieldError(
-            field, f"{text!r} is no number of parameters: write 1.3B, 350M or 2_000_000"
+            field, f"{shown!r} is no number of parameters: write 1.3B, 350M or 2_000_000"
         )
     number = round(float(match[1].replace("_", "")) * UNITS[match[2].lower()])
     if number < 1:
@@ -131,7 +133,8 @@ def _check(fewest: int, num_layers: int | None, d_model: int | None) -> None:
     if num_layers is not None and not fewest <= num_layers <= MOST_LAYERS:
         raise FieldError(
             "--depth",
-            f"must be from {fewest} (each different layer once) to {MOST_LAYERS}, got {num_layers}",
+            f"must be from {fewest} (fewer would lose a kind of layer) to {MOST_LAYERS}, got "
+            f"{num_layers}",
         )
     if d_model is not None and not 1 <= d_model <= MOST_WIDTH:
         raise FieldError("--d-model", f"must be from 1 to {MOST_WIDTH:,}, got {d_model}")
@@ -184,7 +187,7 @@ class _Sizes:
     """Sizes of one layout, counted exactly.
 
     Attributes:
-        fewest: layers that the pattern needs to hold each kind once.
+        fewest: layers from which on no kind of layer is lost.
         narrowest: least width that could be built so far; 0 for none.
         is_all_below: whether the widest size of the last search is below the target.
         refusal: why the last size that was refused cannot be built.
@@ -193,7 +196,7 @@ class _Sizes:
     def __init__(self, builder: Builder, layout: Layout, placer: Placer, target: int) -> None:
         self.builder, self.layout, self.placer, self.target = builder, layout, placer, target
         kinds = placer.pattern.kinds
-        self.fewest = len(set(kinds))
+        self.fewest = placer.fewest
         low, high = ASPECTS
         self.aspect = min(max(layout.d_model / len(kinds), low), high)
         self.refusal = ""
@@ -228,8 +231,8 @@ class _Sizes:
             size.layout.d_model
             for size in near
             if 1 / REACH <= size.parameters / self.target <= REACH
-        ]
-        return [size for width in widths for size in self.at_width(width)] or near[-1:]
+        ] or [size.layout.d_model for size in near[-2:]]
+        return [size for width in widths for size in self.at_width(width)]
 
     def at_width(self, width: int) -> list[Scaled]:
         """Sizes of one width about the target."""
@@ -240,7 +243,7 @@ class _Sizes:
             size = tried[depth] = self.at(width, depth)
             if size is None:
                 break
-            a_layer = (size.parameters - outside) / depth
+            a_layer = max(size.parameters - outside, 1) / depth  # 1: layers without weights
             wanted = round((self.target - outside) / a_layer)
             depth = min(max(wanted, self.fewest), MOST_LAYERS)
         for near in (depth - 1, depth + 1):

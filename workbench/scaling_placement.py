@@ -1,4 +1,9 @@
-"""Which layer goes where at another depth: by the trial's placement policy, or by its pattern."""
+"""Which layer goes where at another depth: by the trial's placement policy, or by its pattern.
+
+A policy places mixers. Where blocks chose on their own (`[space] per_block`), a mixer has several
+kinds of layers: the places that the policy gives it are filled with them in their order, each as
+often as its share, as `stretched` does.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
     from workbench.records import Trial
     from workbench.study_config import StudyConfig
 
+Mixers = tuple[str, ...]  # their names, from the input up
+
 FAR = 64  # depths further on, where a policy that follows the depth has placed more of each mixer
 
 
@@ -28,7 +35,8 @@ class Policy:
         policy: its class.
         values: its Config's fields.
         mixers: what the study offered.
-        pattern: the trial's; each mixer has one kind of layer in it.
+        pattern: the trial's.
+        mixer_of: the mixer of each of the pattern's kinds.
     """
 
     def __init__(
@@ -38,11 +46,14 @@ class Policy:
         values: Mapping[str, Any],
         mixers: Sequence[str],
         pattern: Pattern,
-        mixer_kinds: Mapping[str, int],
+        mixer_of: Sequence[str],
     ) -> None:
         self.name = name
         self._policy, self._values, self._mixers = policy, dict(values), tuple(mixers)
-        self._kinds, self._of = pattern.kinds, dict(mixer_kinds)
+        self._own: dict[str, list[int]] = {}  # kinds of each mixer's layers, from the input up
+        for kind in pattern.kinds:
+            self._own.setdefault(mixer_of[kind], []).append(kind)
+        self._placed = tuple(mixer_of[kind] for kind in pattern.kinds)
         self.follows_depth = self._follows_depth()
 
     def place(self, num_layers: int) -> tuple[Kinds, str] | None:
@@ -50,37 +61,49 @@ class Policy:
         if self.follows_depth:
             placed = self.at(num_layers, self._values)
             said = f"{self.name} with the trial's parameters"
-            return None if placed is None else (placed, said)
-        return self._grown(num_layers)
+            found = None if placed is None else (placed, said)
+        else:
+            found = self._grown(num_layers)
+        return None if found is None else self._filled(*found)
 
-    def at(self, num_layers: int, values: Mapping[str, Any]) -> Kinds | None:
-        """What the policy places, or None if it cannot."""
+    def _filled(self, placed: Mixers, said: str) -> tuple[Kinds, str]:
+        """The places of each mixer filled with its kinds of layers."""
+        filling = {
+            mixer: iter(stretched(tuple(self._own[mixer]), placed.count(mixer)))
+            for mixer in set(placed)
+        }
+        if any(len(set(own)) > 1 for own in self._own.values()):
+            said += ", each mixer's different layers in their order"
+        return tuple(next(filling[mixer]) for mixer in placed), said
+
+    def at(self, num_layers: int, values: Mapping[str, Any]) -> Mixers | None:
+        """The mixers that the policy places, or None if it cannot."""
         try:
             config: Any = configs.from_dict(self._policy.Config, values)
             names = self._policy.place(num_layers, self._mixers, config)
         except WorkbenchError:  # it says of most depths that they do not fit
             return None
-        return tuple(self._of[name] for name in names) if set(names) <= self._of.keys() else None
+        return tuple(names) if set(names) <= self._own.keys() else None
 
     @property
     def explains(self) -> bool:
         """Whether it places at the trial's own depth what the trial has."""
-        return self.at(len(self._kinds), self._values) == self._kinds
+        return self.at(len(self._placed), self._values) == self._placed
 
     def _follows_depth(self) -> bool:
-        far = self.at(FAR * len(self._kinds), self._values)
+        far = self.at(FAR * len(self._placed), self._values)
         return far is not None and all(
-            far.count(kind) > self._kinds.count(kind) for kind in set(self._kinds)
+            far.count(mixer) > len(own) for mixer, own in self._own.items()
         )
 
-    def _grown(self, num_layers: int) -> tuple[Kinds, str] | None:
+    def _grown(self, num_layers: int) -> tuple[Mixers, str] | None:
         """With its whole numbers, which count layers, grown as the depth; shares within a layer."""
         names = [name for name, value in self._values.items() if type(value) is int]
         options = []
         for name in names:
-            low, rest = divmod(self._values[name] * num_layers, len(self._kinds))
+            low, rest = divmod(self._values[name] * num_layers, len(self._placed))
             options.append([low, low + 1] if rest else [low])
-        best: tuple[float, Kinds, str] | None = None
+        best: tuple[float, Mixers, str] | None = None
         for numbers in itertools.product(*options):
             grown = dict(zip(names, numbers, strict=True))
             placed = self.at(num_layers, {**self._values, **grown})
@@ -91,12 +114,10 @@ class Policy:
                 best = (error, placed, f"{self.name}, counts grown with the depth ({said})")
         return None if best is None else best[1:]
 
-    def _share_error(self, placed: Kinds) -> float:
-        """Layers by which the worst kind is away from its share in the original."""
-        ratio = len(placed) / len(self._kinds)
-        return max(
-            abs(placed.count(kind) - self._kinds.count(kind) * ratio) for kind in set(self._kinds)
-        )
+    def _share_error(self, placed: Mixers) -> float:
+        """Layers by which the worst mixer is away from its share in the original."""
+        ratio = len(placed) / len(self._placed)
+        return max(abs(placed.count(mixer) - len(own) * ratio) for mixer, own in self._own.items())
 
 
 class Placer:
@@ -111,6 +132,15 @@ class Placer:
         self.pattern = pattern
         self.policy = policy
         self._known: dict[int, tuple[Kinds, str]] = {}
+
+    @property
+    def fewest(self) -> int:
+        """The least depth from which on every kind of layer of the original has its place."""
+        wanted = set(self.pattern.kinds)
+        depth = len(self.pattern.kinds)
+        while depth > len(wanted) and wanted <= set(self.place(depth - 1)[0]):
+            depth -= 1
+        return depth
 
     def place(self, num_layers: int) -> tuple[Kinds, str]:
         """The kinds at a depth, and in words how they were placed."""
@@ -143,12 +173,10 @@ def trial_policy(
     if name is None:
         return None
     values = _values(name, trial, study, builder, layout)
-    mixer_kinds = _mixer_kinds(pattern, builder)
-    if values is None or mixer_kinds is None:
+    mixer_of = _mixers(pattern, builder)
+    if values is None or mixer_of is None:
         return None
-    policy = Policy(
-        name, builder.placements[name], values, study.space.mixers, pattern, mixer_kinds
-    )
+    policy = Policy(name, builder.placements[name], values, study.space.mixers, pattern, mixer_of)
     return policy if policy.explains else None
 
 
@@ -172,12 +200,12 @@ def _values(
     return values
 
 
-def _mixer_kinds(pattern: Pattern, builder: Builder) -> dict[str, int] | None:
-    """The kind of each mixer's layers; None where one mixer has several, or a layer several."""
-    result: dict[str, int] = {}
-    for kind, blocks in enumerate(pattern.layers):
+def _mixers(pattern: Pattern, builder: Builder) -> list[str] | None:
+    """The mixer of each kind of layer; None where a layer has several, or none."""
+    result = []
+    for blocks in pattern.layers:
         mixers = [block.layer for block in blocks if builder.layers[block.layer].kind != "mlp"]
-        if len(mixers) != 1 or mixers[0] in result:
+        if len(mixers) != 1:
             return None
-        result[mixers[0]] = kind
+        result += mixers
     return result

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from workbench.errors import WorkbenchError
 from workbench.model import HybridLM
+from workbench.storage_url import public_environment
 
 # Of logits in float32, whatever the weights' dtype. The same code on the same machine gives 0.
 LOGITS_TOLERANCE = 1e-5
@@ -86,7 +87,7 @@ def _ask(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     question, reply = scratch / "request.json", scratch / "answer.json"
     question.write_text(json.dumps(request), encoding="utf-8")
     environment = {
-        **os.environ,
+        **public_environment(),
         "HF_HOME": str(scratch / "hf"),
         "HF_MODULES_CACHE": str(scratch / "hf_modules"),
         "HF_HUB_OFFLINE": "1",

@@ -51,12 +51,21 @@ def test_only_named_trials_are_trained(cli: Cli, runs: Path) -> None:
     assert len(result.json[0]["objectives"]["toy_loss"]["values"]) == 2
 
 
+def test_a_study_is_named_by_its_folder_too(cli: Cli, runs: Path) -> None:
+    done = cli("confirm", runs / "toys", "--seeds", "2")
+    assert f"  workbench show '{runs / 'toys'}'\n" in done.out
+    assert cli("show", runs / "toys").status == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--seeds", "1"], "--seeds: must be at least 2"),
         (["--trials", "3,x"], "--trials: expected numbers such as 3,7"),
         (["--trials", "999"], "has no trial 999"),
+        (["--workers", "0"], "--workers: must be at least 1"),
+        (["--address", "auto"], "--address: is of a Ray cluster"),
+        (["--executor", "slurm"], "unknown executor 'slurm'"),
     ],
 )
 def test_mistakes(cli: Cli, runs: Path, arguments: list[str], words: str) -> None:

@@ -36,6 +36,18 @@ def test_migrate_tells_and_the_study_goes_on(cli: Cli, toy_study: Path, tmp_path
     assert "Study grown: resuming, 2 of 3 trials are done." in more.err
 
 
+def test_what_to_do_next_can_be_typed(cli: Cli, toy_study: Path, tmp_path: Path) -> None:
+    """With the folders of plugins and the storage, but not its password."""
+    cli("run", toy_study, "--trials", "1")
+    new = grown(toy_study).rename(tmp_path / "grown study.toml")
+    folder = tmp_path / "more plugins"
+    folder.mkdir()
+    url = f"sqlite:///{tmp_path}/shared.db"
+    done = cli("migrate", "toys", new, "--storage", url, "--plugin-dir", folder)
+    assert done.status == 0, done.err
+    assert f"  workbench run '{new}' --plugin-dir '{folder}' --storage URL\n" in done.out
+
+
 def test_json_says_which_became_which(cli: Cli, toy_study: Path) -> None:
     cli("run", toy_study, "--trials", "2")
     result = cli("migrate", "toys", grown(toy_study), "--json")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Cli
+from workbench.records import load_study
 
 
 @pytest.fixture
@@ -59,8 +61,40 @@ def test_what_is_missed_is_listed(cli: Cli, small: Path) -> None:
     result = cli("oracle", "toys", "--json").json
     assert result["missed"]
     out = cli("oracle", "toys").out
-    missed, front = len(result["missed"]), len(result["front"])
-    assert f"Missed {missed} of {front} points of the true front:" in out
+    truth = {trial.name: trial for trial in load_study("toys/oracle").trials()}
+    missed, front = (
+        {
+            tuple(truth[name].metrics[metric] for metric in ("toy_loss", "toy_weights"))
+            for name in names
+        }
+        for names in (result["missed"], result["front"])
+    )
+    assert len(front) < len(result["front"])  # `toy` and `other` differ by their names alone
+    assert f"Missed {len(missed)} of {len(front)} points of the true front" in out
+
+
+def test_a_study_is_named_by_its_folder_too(
+    cli: Cli, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli("run", small, "--runs", tmp_path / "far", "--trials", "3")
+    monkeypatch.chdir(small.parent)
+    folder = (tmp_path / "far" / "toys").rename(tmp_path / "far" / "renamed")
+    before = cli("oracle", folder).refused()
+    assert "7 of 10 layouts of study 'toys' are not judged yet" in before
+    assert f"workbench oracle {folder} --tabulate takes over" in before
+    assert cli("oracle", folder, "--tabulate").status == 0
+    assert len(list((folder / "oracle" / "trials").iterdir())) == 10
+    assert not Path("runs").exists()
+    words = cli("oracle", folder / "oracle").refused()
+    assert "toys/oracle is the whole space of toys: name the study itself" in words
+
+
+def test_a_search_of_nothing_is_refused_before_any_training(cli: Cli, small: Path) -> None:
+    cli("run", small, "--trials", "1")
+    shutil.rmtree("runs/toys/trials")
+    words = cli("oracle", "toys", "--tabulate").refused()
+    assert "no trial of study 'toys' is judged yet" in words
+    assert not Path("runs/toys/oracle").exists()
 
 
 def test_refusals(cli: Cli, small: Path, toy_study: Path) -> None:

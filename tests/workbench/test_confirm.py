@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -13,6 +14,7 @@ from tests.workbench.conftest import STUDY
 from tests.workbench.studies import run
 from workbench import WorkbenchError
 from workbench.confirm import confirm, other_seeds
+from workbench.errors import DiskError
 from workbench.executors.inline import InlineExecutor
 from workbench.records import Study
 
@@ -187,6 +189,55 @@ def test_what_a_resume_refuses_is_refused(runs, facts, words):
 def test_mistakes_are_refused(runs, arguments, words):
     with pytest.raises(WorkbenchError, match=words):
         confirm("toys", runs, **arguments)
+
+
+def test_more_workers_keep_the_threads_of_a_study_that_did_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    run(STUDY, tmp_path, **{"budget.trials": 1, "runtime": {"device": "cpu", "executor": "inline"}})
+    seen = []
+
+    class RefusedError(WorkbenchError):
+        pass
+
+    def opened(place, cache_dir):
+        seen.append((place.config.runtime.workers, place.threads))
+        raise RefusedError("far enough")
+
+    monkeypatch.setattr("workbench.confirm.open_executor", opened)
+    for workers in (1, 2):
+        with pytest.raises(RefusedError):
+            confirm("toys", tmp_path, runtime={"executor": "process", "workers": workers})
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_study_on_a_cluster_may_be_confirmed_here(runs):
+    path = runs / "toys" / "study.json"
+    data = json.loads(path.read_text())
+    data["config"]["runtime"].update(executor="ray", address="far:6379")
+    path.write_text(json.dumps(data))
+    assert confirm("toys", runs, trials=[0], runtime={"executor": "inline"}).confirmed()
+
+
+def test_a_folder_that_cannot_be_written_or_locked_is_a_message(runs, monkeypatch):
+    folder = runs / "toys" / "confirmed"
+    (folder / ".lock").mkdir(parents=True)
+    with pytest.raises(DiskError, match="cannot write to"):
+        confirm("toys", runs)
+    (folder / ".lock").rmdir()
+
+    def unable(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    with pytest.raises(DiskError, match=r"cannot lock .*: No locks available"):
+        confirm("toys", runs)
+
+
+def test_static_objectives_need_no_confirmation(tmp_path):
+    run(STUDY, tmp_path, **{"budget.trials": 1, "objectives": ["toy_weights"]})
+    with pytest.raises(WorkbenchError, match="is static, the same for every seed"):
+        confirm("toys", tmp_path)
+    assert not (tmp_path / "toys" / "confirmed").exists()
 
 
 def test_two_processes_do_not_confirm_one_study(runs):

@@ -142,22 +142,26 @@ def test_what_overlaps_is_unresolved_on_both_sides_and_what_does_not_is_ranked(s
     assert unresolved == {0: {1: ("loss",)}, 1: {0: ("loss",)}, 2: {}}
 
 
-def test_equal_means_are_not_ordered_and_so_not_unresolved(study):
-    for seed in (11, 22):
+@pytest.mark.parametrize(("again", "tie"), [((1.0, 1.0), True), ((0.5, 1.5), False)])
+def test_equal_means_are_resolved_only_if_every_seed_says_so(study, again, tie):
+    for seed, loss in zip((11, 22), again, strict=True):
         for number in (0, 1):
             path = study.path / "confirmed" / f"{number:05d}" / str(seed) / "trial.json"
-            write(path, {"outcome": "complete", "metrics": {"loss": 1.0}})
+            write(path, {"outcome": "complete", "metrics": {"loss": loss}})
     path = study.path / "trials" / "00001" / "trial.json"
     write(path, {"outcome": "complete", "metrics": {"loss": 1.0, "weights": 99.0}})
-    assert all(not point.unresolved for point in study.confirmed())
+    first, second, _ = study.confirmed()
+    assert first.intervals == second.intervals
+    assert (1 not in first.unresolved, 0 not in second.unresolved) == (tie, tie)
 
 
 def test_a_seed_that_failed_is_named_and_left_out(study):
     folder = study.path / "confirmed" / "00002"
     write(folder / "11" / "trial.json", {"outcome": "diverged", "metrics": {}})
     (folder / "22" / "trial.json").write_text("{")
+    write(folder / "33" / "trial.json", {"outcome": "complete", "metrics": {"loss": None}})
     point = study.confirmed()[2]
-    assert point.failed == {11: "diverged", 22: "damaged"}
+    assert point.failed == {11: "diverged", 22: "damaged", 33: "damaged"}
     assert point.intervals["loss"] == Interval(mean=9.0, half=None, count=1)
     assert set(point.unresolved) == {0, 1}  # one training is no evidence of an order
 

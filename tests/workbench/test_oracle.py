@@ -182,6 +182,13 @@ def test_one_process_at_a_time(runs):
         Oracle(config(), runs).tabulate()
 
 
+def test_what_killed_processes_left_is_cleared_away(runs):
+    left = runs / "toys" / "oracle" / "parents" / "host-1-00"
+    left.touch()
+    Oracle(config(), runs).tabulate()
+    assert not left.exists()
+
+
 def made_up(path: Path, rows: list[tuple[str, str, float, float]]) -> Study:
     """A study of records alone: outcome, layout, and two objectives to minimize."""
     objectives = [{"name": name, "unit": "", "direction": "minimize"} for name in "ab"]

@@ -144,6 +144,28 @@ def test_what_cannot_be_reached_is_refused(
     assert str(error.value).startswith(words)
 
 
+@pytest.mark.parametrize("attention", [0, 5, 11])
+def test_a_smaller_model_loses_no_kind_of_layer(builder: Builder, attention: int) -> None:
+    layout = one_attention(attention, num_kv_heads=8)
+    result = scaled(builder, layout, 400_000)
+    assert {block.layer for block in result.layout.blocks} == {"mamba2", "attention"}
+    assert result.is_close
+    with pytest.raises(FieldError, match=r"--depth: .*fewer would lose a kind of layer.*got 2"):
+        scaled(builder, layout, 400_000, num_layers=2)
+
+
+def one_attention(index: int, **config: int) -> Layout:
+    layout = layout_of(["mamba2"] * 12, d_model=256)
+    attention = Block(layer="attention", config={"head_dim": 32, **config})
+    return layout.replace(blocks=(*layout.blocks[:index], attention, *layout.blocks[index + 1 :]))
+
+
+def test_what_no_width_reaches_is_too_small_and_no_near_miss(builder: Builder) -> None:
+    """One key and value head at 256 is none at 128: 256 is the least width."""
+    with pytest.raises(FieldError, match="is smaller than can be built: d_model 256 with"):
+        scaled(builder, one_attention(3, num_kv_heads=1), 200_000)
+
+
 def test_a_near_miss_is_returned_and_says_how_near(builder: Builder) -> None:
     result = scaled(builder, layout_of(HYBRID), 2_000_000, num_layers=3)
     assert not result.is_close
@@ -161,7 +183,8 @@ def test_counts_are_read(text: str, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1.3X", "", "-5M", "B", "1,3B", "0", "0.1", "nan", "1e999", "inf"]
+    "text",
+    ["1.3X", "", "-5M", "B", "1,3B", "0", "0.1", "nan", "1e999", "inf", "9" * 400, "٣M"],
 )
 def test_bad_counts_are_refused(text: str) -> None:
     with pytest.raises(FieldError, match="--params"):
@@ -189,9 +212,9 @@ def policy(builder: Builder, name: str, kinds: str, **values: Any) -> Policy:
     mixers = {"m": "mamba2", "a": "attention"}
     blocks = [Block(layer=mixers[kind]) for kind in kinds]
     pattern = Pattern.of(blocks, lambda name: False)
-    of = {layer[0].layer: kind for kind, layer in enumerate(pattern.layers)}
+    of = [layer[0].layer for layer in pattern.layers]
     given = {"majority": "mamba2", "minority": "attention", **values}
-    return Policy(name, builder.placements[name], given, list(of), pattern, of)
+    return Policy(name, builder.placements[name], given, of, pattern, of)
 
 
 @pytest.mark.parametrize(
@@ -215,12 +238,48 @@ def test_policies_place_at_the_new_depth(
     assert made.explains
     placed = made.place(depth)
     assert placed is not None
-    letter = {kind: kinds[made._kinds.index(kind)] for kind in made._kinds}
-    text = "".join(letter[kind] for kind in placed[0])
+    letters = list(dict.fromkeys(kinds))
+    text = "".join(letters[kind] for kind in placed[0])
     wanted = kinds.count("a") * depth / len(kinds)
     assert abs(text.count("a") - wanted) <= 1
     if expected is not None:
         assert text == expected
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5, 8, 12, 31])
+@pytest.mark.parametrize(
+    ("name", "kinds", "values"),
+    [
+        ("periodic", "mammmamm", {"period": 4, "offset": 1}),
+        ("prefix_suffix", "mmmmaa", {"ratio": 2}),
+        ("sandwich", "aammmmaa", {"depth": 2}),
+    ],
+)
+def test_different_layers_of_a_mixer_fill_the_places_of_its_policy(
+    builder: Builder, name: str, kinds: str, values: dict[str, int], depth: int
+) -> None:
+    """As blocks have them that chose on their own: in their order, each by its share."""
+    plain = policy(builder, name, kinds, **values)
+    mixers = [{"m": "mamba2", "a": "attention"}[kind] for kind in kinds]
+    blocks = [Block(layer=mixer, config={"own": i}) for i, mixer in enumerate(mixers)]
+    pattern = Pattern.of(blocks, lambda name: False)
+    assert len(set(pattern.kinds)) == len(kinds)
+    made = Policy(name, builder.placements[name], plain._values, plain._mixers, pattern, mixers)
+    assert made.explains
+    alike, own = plain.place(depth), made.place(depth)
+    if alike is None:
+        assert own is None
+        return
+    assert own is not None
+    names = list(dict.fromkeys(mixers))
+    assert [mixers[kind] for kind in own[0]] == [names[kind] for kind in alike[0]]
+    assert own[1] == f"{alike[1]}, each mixer's different layers in their order"
+    for mixer in names:
+        filled = [kind for kind in own[0] if mixers[kind] == mixer]
+        assert filled == sorted(filled)
+        counts = [filled.count(kind) for kind in range(len(kinds)) if mixers[kind] == mixer]
+        assert max(counts) - min(counts) <= 1
+    assert made.place(len(kinds)) == (pattern.kinds, made.place(len(kinds))[1])
 
 
 def test_a_policy_that_does_not_explain_the_trial_is_known(builder: Builder) -> None:

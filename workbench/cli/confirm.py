@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from workbench.cli import interrupts
-from workbench.cli.common import Json, Runs, log, print_json, print_table, say
+from workbench.cli.common import Json, Runs, as_options, log, print_json, print_table, say
 from workbench.cli.confirmed import confirmed_columns, confirmed_lines
 from workbench.errors import FieldError
+from workbench.records import load_study
 
 if TYPE_CHECKING:
     from workbench.records import Study
@@ -33,13 +34,15 @@ def confirm(
         typer.Option(metavar="N,M", help="The finalists; the Pareto front if left out."),
     ] = None,
     executor: Annotated[
-        str | None, typer.Option(metavar="WHERE", help="process, ray or inline; as the study's.")
+        str | None,
+        typer.Option(metavar="WHERE", help="process, ray or inline; the study's if left out."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Trainings at a time; as the study's.")
+        int | None, typer.Option(metavar="N", help="Trainings at a time; the study's if left out.")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster; as the study's.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of a Ray cluster; the study's if left out."),
     ] = None,
     runs: Runs = None,
     json: Json = False,
@@ -54,14 +57,18 @@ def confirm(
     given = {"executor": executor, "workers": workers, "address": address}
     runtime = {name: value for name, value in given.items() if value is not None}
     numbers, console = _numbers(trials), log()
+    from workbench.confirm import changed_runtime
     from workbench.confirm import confirm as train
 
+    with as_options():
+        changed_runtime(load_study(study, runs), runtime)
     with interrupts.explained(RESUME):
         done = train(study, runs, seeds=seeds, trials=numbers, runtime=runtime, say=console.print)
     if json:
         print_json([one.to_dict() for one in done.confirmed()])
     else:
-        _report(done, "" if runs is None else f" --runs {shlex.quote(str(runs))}")
+        where = "" if runs is None else f" --runs {shlex.quote(str(runs))}"
+        _report(done, f"workbench show {shlex.quote(study)}{where}")
 
 
 def _numbers(trials: str | None) -> tuple[int, ...]:
@@ -71,13 +78,18 @@ def _numbers(trials: str | None) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _report(study: Study, where: str) -> None:
+def _report(study: Study, again: str) -> None:
+    """Print the means.
+
+    Args:
+        again: the command that shows them.
+    """
     points = study.confirmed()
     trials = [study.trial(point.number) for point in points]
     say(f"Confirmed of study {study.name}: {', '.join(str(point.number) for point in points)}")
     print()
-    print_table(confirmed_columns(study, trials, points), f"workbench show {study.name} --json")
+    print_table(confirmed_columns(study, trials, points), f"{again} --json")
     for line in confirmed_lines(trials, points):
         say(line)
     print("Next:")
-    print(f"  workbench show {study.name}{where}")
+    print(f"  {again}")

@@ -53,4 +53,7 @@ def migrate(
     where = "" if runs is None else f" --runs {shlex.quote(str(runs))}"
     print("Next:")
     print(f"  workbench show {done.study.name}{where}")
-    print(f"  workbench run {study}{where}")
+    again = [f"--plugin-dir {shlex.quote(str(folder))}" for folder in plugin_dir or ()]
+    if storage is not None:
+        again.append("--storage URL")  # it may hold a password
+    print(f"  workbench run {' '.join([shlex.quote(str(study)), *again])}{where}")

@@ -15,7 +15,7 @@ from workbench.cli.tables import front_columns
 if TYPE_CHECKING:
     from workbench.enumeration import Enumeration
     from workbench.oracle import Oracle, Report
-    from workbench.records import Study
+    from workbench.records import Study, Trial
     from workbench.study_config import StudyConfig
 
 EXAMPLES = """\
@@ -32,10 +32,11 @@ def oracle(
         bool, typer.Option("--tabulate", help="Train every layout that is not judged yet.")
     ] = False,
     limit: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Most layouts that it takes.")
+        int, typer.Option(metavar="N", min=1, help="Refuse a space of more layouts.")
     ] = 500,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Layouts at a time.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Layouts at a time; the study's if left out."),
     ] = None,
     runs: Runs = None,
     json: Json = False,
@@ -45,26 +46,36 @@ def oracle(
     Every layout of a small space is judged as the study judges its trials; then the search's
     hypervolume regret against the true Pareto front is shown, and what of that front it missed.
     """
-    from workbench.oracle import Oracle, report
+    from workbench.oracle import Oracle, judged_trials, report
     from workbench.records import Study, load_study
 
     source = load_study(study, runs)
+    config = _config(source, workers)
+    judged_trials(source)  # before hours of training find nothing to be compared with
+    where = "" if runs is None else f" --runs {shlex.quote(str(runs))}"
     with interrupts.explained(RESUME):
-        found = Oracle(_config(source, workers), runs, limit)
-        where = "" if runs is None else f" --runs {shlex.quote(str(runs))}"
-        _complete(found, source, tabulate, where)
+        found = Oracle(config, runs, limit, study=source.path)
+        again = f"workbench oracle {shlex.quote(study)} --tabulate{where}"
+        _complete(found, source, tabulate, again)
     truth = Study(found.folder)
     result = report(source, truth)
     if json:
         print_json(_data(source, truth, found.enumeration, result))
     else:
-        _show(source, truth, found.enumeration, result, where)
+        more = f"workbench oracle {shlex.quote(study)} --json{where}"
+        _show(source, truth, found.enumeration, result, more)
 
 
 def _config(study: Study, workers: int | None) -> StudyConfig:
     """The study's, as it was started; its threads too, or losses would not compare."""
+    from workbench.errors import WorkbenchError
     from workbench.study_config import StudyConfig
 
+    name, separator, _ = study.name.rpartition("/oracle")
+    if separator:
+        raise WorkbenchError(f"{study.name} is the whole space of {name}: name the study itself.")
+    if "config" not in study.data:
+        raise WorkbenchError(f"{study.path / 'study.json'} is damaged: it lacks 'config'")
     config = StudyConfig.from_dict(study.data["config"])
     if workers is None:
         return config
@@ -73,8 +84,12 @@ def _config(study: Study, workers: int | None) -> StudyConfig:
     return dataclasses.replace(config, runtime=runtime)
 
 
-def _complete(found: Oracle, study: Study, tabulate: bool, where: str) -> None:
-    """Judge what is missing, if that is asked for."""
+def _complete(found: Oracle, study: Study, tabulate: bool, again: str) -> None:
+    """Judge what is missing, if that is asked for.
+
+    Args:
+        again: the command that asks for it.
+    """
     from workbench.cli.progress import RichReporter
     from workbench.errors import WorkbenchError
 
@@ -82,9 +97,8 @@ def _complete(found: Oracle, study: Study, tabulate: bool, where: str) -> None:
     if missing and not tabulate:
         total = count(len(found.enumeration.layouts), "layout")
         raise WorkbenchError(
-            f"{missing:,} of {total} of study {study.name!r} are not judged yet. "
-            f"workbench oracle {study.name} --tabulate{where} takes over what the study judged, "
-            "and trains the rest."
+            f"{missing:,} of {total} of study {study.name!r} are not judged yet. {again} "
+            "takes over what the study judged, and trains the rest."
         )
     with RichReporter(log()) as reporter:
         found.tabulate(reporter)
@@ -124,8 +138,10 @@ def _data(study: Study, truth: Study, space: Enumeration, result: Report) -> dic
     }
 
 
-def _show(study: Study, truth: Study, space: Enumeration, result: Report, where: str) -> None:
-    outcomes = ", ".join(f"{times} {name}" for name, times in result.outcomes.items())
+def _show(study: Study, truth: Study, space: Enumeration, result: Report, more: str) -> None:
+    outcomes = ", ".join(
+        f"{times} {name.replace('_', ' ')}" for name, times in result.outcomes.items()
+    )
     layouts = count(len(space.layouts), "layout")
     say(
         f"Space of {study.name}: {layouts} ({outcomes}) from "
@@ -145,12 +161,19 @@ def _show(study: Study, truth: Study, space: Enumeration, result: Report, where:
         Column(heading="trainings", cells=[f"{r['trainings']:,.1f}" for r in rows], right=True),
         Column(heading="regret", cells=[f"{r['regret']:.2%}" for r in rows], right=True),
     ]
-    more = f"workbench oracle {study.name} --json{where}"
     print_table(shown, more)
+    points = _points(truth, result.front)
     if not result.missed:
-        say(f"It reached all {len(result.front)} points of the true front.")
+        say(f"It reached all {points} points of the true front.")
     else:
-        say(f"Missed {len(result.missed)} of {len(result.front)} points of the true front:")
+        missed = _points(truth, result.missed)
+        say(f"Missed {missed} of {points} points of the true front; these layouts have them:")
         print()
         print_table(front_columns(truth, result.missed), more)
     say(f"Records: {truth.path}/ (a folder a layout, without weights)")
+
+
+def _points(truth: Study, trials: list[Trial]) -> int:
+    """How many different points they are: layouts may share their figures."""
+    names = [objective.name for objective in truth.objectives]
+    return len({tuple(trial.metrics[name] for name in names) for trial in trials})

@@ -99,6 +99,8 @@ def _in_file(path: Path) -> Iterator[None]:
     try:
         yield
     except (FieldError, UnknownNameError) as error:
+        if isinstance(error, FieldError) and error.field.startswith("--"):
+            raise  # an option's, which no file holds
         raise WorkbenchError(f"{path}: {error}") from None
 
 
@@ -141,6 +143,8 @@ def _overridden(
         raise FieldError("--trials", f"must be at least 1, got {trials}")
     budget: dict[str, Any] = {} if trials is None else {"trials": trials}
     given = {name: value for name, value in runtime.items() if value is not None}
+    if given.get("executor", "ray") != "ray":
+        given = {"address": None, **given}  # the cluster's, which is not asked
     with as_options():
         if "device" in given:
             resolve_device(given["device"])

@@ -16,6 +16,7 @@ from typing import Any
 
 from workbench.discovery import DISABLE, GROUP
 from workbench.errors import WorkbenchError
+from workbench.storage_url import public_environment
 from workbench.testing import ends
 from workbench.testing.blame import own_frames
 from workbench.testing.check_process import Job
@@ -152,7 +153,7 @@ class _Session:
     def _started(self, job: Job, disabled: Iterable[str]) -> Watched:
         self._enter("loading", {})
         job.write(self.folder)
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = {"OMP_NUM_THREADS": "1", **public_environment()}
         for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):  # the author's, for runs of their own
             environment.pop(name, None)
         environment[DISABLE] = ",".join(filter(None, (os.environ.get(DISABLE), *disabled)))
