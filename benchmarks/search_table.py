@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import sys
 import tempfile
@@ -145,7 +146,7 @@ class Trainings:
     the same layout is given the same figures; it is charged all the same.
 
     Args:
-        study: its TOML file, which is also what the kept figures are of.
+        study: its TOML file.
         runs: folder for what is kept.
         trainings: how many whole trainings a searcher may spend.
     """
@@ -165,10 +166,16 @@ class Trainings:
             dataclasses.asdict(objective)
             for objective in objectives_of(self.place.metrics, self.config.objectives)
         ]
-        digest = hashlib.sha256(study.read_bytes()).hexdigest()[:12]
-        self.folder = runs / f"{self.config.name}-{digest}"
+        self.folder = runs / f"{self.config.name}-{self._digest()}"
         make_folder(self.folder)
         torch.set_num_threads(self.place.threads)
+
+    def _digest(self) -> str:
+        """Of all that a layout's figures depend on."""
+        config = self.config
+        facts = [config.metric_names, config.metrics, config.data, config.training, config.seed]
+        text = json.dumps([*facts, config.rungs.at, self.vocab_size], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def row(self, layout: Layout) -> Row:
         path = self.folder / f"{layout.hash}.json"

@@ -97,3 +97,17 @@ def read_json(path: Path) -> Any:
         raise WorkbenchError(
             f"{path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from None
+
+
+def known_json(path: Path) -> Any:
+    """The JSON data in `path`; None if it is missing, or no JSON: a machine died as it was written.
+
+    Raises:
+        WorkbenchError: it is there and cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    except OSError as error:
+        raise WorkbenchError(f"cannot read {path}: {error}") from None

@@ -18,7 +18,7 @@ from workbench import storage
 from workbench.claims import FOLDER as CLAIMS
 from workbench.claims import Claims
 from workbench.errors import WorkbenchError
-from workbench.files import read_json, write_json
+from workbench.files import known_json, write_json
 from workbench.parents import Parent
 from workbench.records import Objective, Study, Trial
 from workbench.storage_patience import PARENT
@@ -338,7 +338,7 @@ class Ledger:
     def _end(self, frozen: FrozenTrial) -> None:
         """End a trial that nobody is at any more."""
         path = self.path(frozen.number) / "trial.json"
-        record = read_json(path) if path.exists() else {"number": frozen.number}
+        record = known_json(path) or {"number": frozen.number}
         if record.get("outcome") in (None, *UNSETTLED):
             record.update(
                 outcome="interrupted",

@@ -71,6 +71,14 @@ class ResidualBlock(nn.Module):
         return x_BD + (y_BD if self.multiplier == 1.0 else y_BD * self.multiplier)
 
 
+def make_embedding(layout: Layout, **factory: Any) -> nn.Embedding:
+    """The token embedding; on the meta device nothing is drawn, for that imports all of dynamo."""
+    if torch.device(factory.get("device") or "cpu").type == "meta":
+        weight_VD = torch.empty(layout.vocab_size, layout.d_model, **factory)
+        return nn.Embedding.from_pretrained(weight_VD, freeze=False)
+    return nn.Embedding(layout.vocab_size, layout.d_model, **factory)
+
+
 class HybridLM(nn.Module):
     """A causal language model made of the layers that a Layout names.
 
@@ -90,7 +98,7 @@ class HybridLM(nn.Module):
     def __init__(self, layout: Layout, layers: Sequence[Layer], **factory: Any) -> None:
         super().__init__()
         self.layout = layout
-        self.embedding = nn.Embedding(layout.vocab_size, layout.d_model, **factory)
+        self.embedding = make_embedding(layout, **factory)
         self.blocks = nn.ModuleList(ResidualBlock(layout, layer, **factory) for layer in layers)
         self.norm_f = make_norm(layout, **factory)
         self.lm_head = nn.Linear(layout.d_model, layout.vocab_size, bias=False, **factory)

@@ -53,6 +53,7 @@ RECORD = {
     "params": dict,
     "environment": dict,
     "stage_seconds": dict,
+    "rungs": list,
 }
 
 

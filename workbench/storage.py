@@ -46,6 +46,7 @@ UNREACHED = (
     ". Check its host, port, user, password and database; nothing was changed. --storage or "
     "WORKBENCH_STORAGE gives another."
 )
+LOCKED = ". Another program holds the file: end that, or wait for it; nothing was changed."
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 # Ctrl-C in the middle of a query: SQLAlchemy would log the traceback and then raise it anyway.
@@ -77,13 +78,18 @@ def connect(store: Store, folder: Path, parent: Parent, notice: Notice) -> Patie
         ) from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
         raise WorkbenchError(
-            f"cannot open the storage {redacted(url)}: {_said(error, url)}"
-            f"{'' if store.url is None else UNREACHED}"
+            f"cannot open the storage {redacted(url)}: {_said(error, url)}{_advice(url, error)}"
         ) from None
     recognise_passing(backend.engine)
     parent.closing.callback(backend.engine.dispose)
     parent.closing.callback(backend.remove_session)
     return PatientStorage(backend, store.patience, notice, parent)
+
+
+def _advice(url: str, error: Exception) -> str:
+    if not url.startswith("sqlite"):
+        return UNREACHED
+    return LOCKED if "locked" in str(error) else ""
 
 
 def _opened(url: str) -> RDBStorage:
