@@ -75,7 +75,7 @@ def make_embedding(layout: Layout, **factory: Any) -> nn.Embedding:
     """The token embedding; on the meta device nothing is drawn, for that imports all of dynamo."""
     if torch.device(factory.get("device") or "cpu").type == "meta":
         weight_VD = torch.empty(layout.vocab_size, layout.d_model, **factory)
-        return nn.Embedding.from_pretrained(weight_VD, freeze=False)
+        return nn.Embedding(layout.vocab_size, layout.d_model, _weight=weight_VD)
     return nn.Embedding(layout.vocab_size, layout.d_model, **factory)
 
 
