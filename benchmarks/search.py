@@ -225,16 +225,26 @@ def histories(
 def compare(
     table: Table, seeds: Sequence[int], names: Sequence[str] = SEARCHERS, jobs: int = 1
 ) -> Iterator[str]:
-    """Lines of the markdown table: mean and standard error of the regret, over seeds."""
-    heads = [*(f"regret at {share:.0%} of the compute" for share in SHARES), "trained to the end"]
+    """Lines of the markdown table: mean and standard error of the regret, over seeds.
+
+    `equals TPE's after`: the compute after which the mean regret is no more than TPE's at the end.
+    """
+    found = dict(histories(partial(_same, table), seeds, names, jobs))
+
+    def regrets(name: str, share: float) -> list[float]:
+        return [100 * table.regret_at(history, share) for history in found[name]]
+
+    goal = statistics.fmean(regrets(TPE, BUDGET))
+    heads = [*(f"regret at {share:.0%} of the compute" for share in SHARES)]
+    heads += ["equals TPE's after", "trained to the end"]
     yield f"| searcher | {' | '.join(heads)} |"
     yield f"|---{'|---:' * len(heads)}|"
-    for name, found in histories(partial(_same, table), seeds, names, jobs):
-        cells = [
-            mean([100 * table.regret_at(history, share) for history in found], " %")
-            for share in SHARES
-        ]
-        cells.append(mean([float(len({n for _, n in history})) for history in found]))
+    for name in names:
+        shares = [share / 200 for share in range(1, round(200 * BUDGET) + 1)]
+        after = next((s for s in shares if statistics.fmean(regrets(name, s)) <= goal), None)
+        cells = [mean(regrets(name, share), " %") for share in SHARES]
+        cells.append("–" if after is None else f"{after:.1%}")
+        cells.append(mean([float(len({n for _, n in history})) for history in found[name]]))
         yield f"| {name} | {' | '.join(cells)} |"
 
 

@@ -100,6 +100,7 @@ def test_the_comparison_is_a_markdown_table(data):
     assert len(lines) == 4
     assert lines[2].startswith("| random | ")
     assert lines[3].count("±") == 3
+    assert lines[3].count("%") == 3  # it comes to where it ends
     assert len({line.count("|") for line in lines}) == 1
 
 
