@@ -192,11 +192,11 @@ def test_a_node_killed_in_the_middle_of_a_study(study_data, runs):
     outcomes = Counter(trial.outcome for trial in trials)
     assert outcomes["complete"] == 4
     crashed = [trial for trial in trials if trial.outcome == "crashed"]
-    assert len(crashed) == 1
-    assert "Ray" in crashed[0].reason
-    (again,) = [t for t in trials if t.data["retry_of"] == crashed[0].number]
-    assert again.params == crashed[0].params
-    assert again.outcome == "complete"
+    assert 1 <= len(crashed) <= 2  # what was sent there before Ray knew is lost again
+    for lost in crashed:
+        assert "Ray" in lost.reason
+        (again,) = [t for t in trials if t.data["retry_of"] == lost.number]
+        assert again.params == lost.params
     judged = [t.data["layout_hash"] for t in trials if t.outcome == "complete"]
     assert len(set(judged)) == 4
     assert all(t.weights.exists() for t in trials if t.outcome == "complete")
