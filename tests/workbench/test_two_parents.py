@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -146,14 +147,24 @@ def test_the_survivor_takes_over_what_the_killed_one_had_in_flight(tmp_path, url
         assert_secret(tmp_path, output)
 
 
+def ended(trials: Path) -> int:
+    """How many trials have a final record, which is written before the storage is told."""
+    outcomes = [json.loads(path.read_text())["outcome"] for path in trials.glob("*/trial.json")]
+    return outcomes.count("complete")
+
+
 def test_a_study_outlives_an_outage_of_its_server(tmp_path):
     with running() as server:
         process = start(tmp_path, server.url())
+        trials = tmp_path / "runs" / "toys" / "trials"
         deadline = time.monotonic() + 60
-        while not list((tmp_path / "runs").glob("toys/trials/*/curve.jsonl")):
+        while not list(trials.glob("*/curve.jsonl")):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         server.stop()
+        before, deadline = ended(trials), time.monotonic() + 30
+        while ended(trials) == before and time.monotonic() < deadline:  # then it is missed
+            time.sleep(0.1)
         time.sleep(5.0)
         server.start()
         output = finished(process)
