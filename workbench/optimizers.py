@@ -89,26 +89,46 @@ class BatchedMuon(torch.optim.Muon):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update parameters of one shape."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
         directions = orthogonalize(
-            torch.stack(updates if group["nesterov"] else buffers),
+            torch.stack(momentum_updates(self, parameters, group)),
             group["ns_coefficients"],
             group["ns_steps"],
             group["eps"],
         ).to(parameters[0].dtype)
-        lr = torch.as_tensor(group["lr"], device=parameters[0].device)
-        # `match_rms_adamw`: an update's root mean square becomes 0.2 of the rate, as AdamW's.
-        scale = lr * (0.2 * max(parameters[0].shape) ** 0.5)
+        lr, scale = rate_and_scale(parameters, parameters[0].shape, group)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_sub_(parameters, list((directions * scale).unbind()))
+
+
+def momentum_updates(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], group: dict[str, Any]
+) -> list[Tensor]:
+    """Take the gradients into Muon's momentum; what is to be orthogonalised, in their shapes."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    buffers: list[Tensor] = []
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers.append(state["momentum_buffer"])
+    torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+    if not group["nesterov"]:
+        return buffers
+    return list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+
+
+def rate_and_scale(
+    parameters: list[Tensor], shape: torch.Size, group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The learning rate on the parameters' device, and what a direction is multiplied by.
+
+    `match_rms_adamw`: an update's root mean square becomes 0.2 of the rate, as AdamW's.
+
+    Args:
+        shape: of the whole matrices.
+    """
+    lr = torch.as_tensor(group["lr"], device=parameters[0].device)
+    return lr, lr * (0.2 * max(shape) ** 0.5)
 
 
 def orthogonalize(

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from workbench.model import HybridLM
-from workbench.optimizers import make_optimizers, orthogonalize
+from workbench.optimizers import (
+    make_optimizers,
+    momentum_updates,
+    orthogonalize,
+    rate_and_scale,
+)
 from workbench.sharded_model import local
 from workbench.sharded_processes import Processes
 from workbench.training_config import TrainingConfig
@@ -103,21 +108,9 @@ class ShardedMuon(torch.optim.Muon):
 
     def _update(self, parameters: list[Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         """Update parameters of one shape."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        directions = self._directions(
-            list(updates) if group["nesterov"] else buffers, shape[0], group
-        )
-        lr = torch.as_tensor(group["lr"], device=parameters[0].device)
-        # `match_rms_adamw`: an update's root mean square becomes 0.2 of the rate, as AdamW's.
-        scale = lr * (0.2 * max(shape) ** 0.5)
+        updates = momentum_updates(self, parameters, group)
+        directions = self._directions(updates, shape[0], group)
+        lr, scale = rate_and_scale(parameters, shape, group)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_sub_(parameters, [direction * scale for direction in directions])
 
