@@ -61,13 +61,15 @@ from workbench.files import read_json, write_json
 from workbench.identity import identity
 from workbench.ledger import Ledger, objectives_of
 from workbench.parents import joined
+from workbench.pareto import pareto_front
+from workbench.rank_correlation import kendall_tau
 from workbench.regret import Regret
 from workbench.reporter import Reporter
-from workbench.rungs import Rungs
+from workbench.rungs import CONTINUE, Peer, Rungs
 from workbench.scheduler import Scheduler
 from workbench.space import Space
 from workbench.study import study_record
-from workbench.trial import Workplace
+from workbench.trial import Workplace, make_metrics
 from workbench.verdict import PAUSED, Verdict
 
 SHARES = (0.1, BUDGET)
@@ -248,6 +250,36 @@ def compare(
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def rung_lines(table: Table) -> Iterator[str]:
+    """What the table says of its study's first rung, with the study's margin and with none.
+
+    Every layout is held against all others there; a study, which meets them one after another,
+    stops fewer.
+    """
+    config = table.config
+    rows = [row for row in table.rows.values() if row["outcome"] == "complete"]
+    front = pareto_front([table.points[row["layout_hash"]] for row in rows])
+    peers = [
+        Peer(number, row["layout_hash"], row["metrics"], row["rungs"][:1])
+        for number, row in enumerate(rows)
+    ]
+    name = config.objectives[0]
+    there, end = zip(
+        *((row["rungs"][0]["metrics"][name], row["metrics"][name]) for row in rows), strict=True
+    )
+    share, tau = config.rungs.at[0], kendall_tau(there, end)
+    yield f"Rung at {share:.0%}: Kendall's tau of {name} there and at the end {tau:.2f}."
+    metrics = make_metrics(config, default_builder(config.plugin_dirs))
+    for margin in dict.fromkeys((0.0, config.rungs.margin)):
+        strict = dataclasses.replace(config.rungs, margin=margin, min_peers=1)
+        rungs = Rungs(strict, metrics, config.objectives, table.steps)
+        left = {peer.number for peer in peers if rungs.decide(peer, peers)["decision"] == CONTINUE}
+        yield (
+            f"Margin {margin:g}: {len(left)} of {len(rows)} layouts go on, "
+            f"{len(left & set(front))} of the {len(front)} on the true front."
+        )
+
+
 def _same(table: Table) -> Table:
     return table
 
@@ -351,6 +383,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{head}; {options.seeds} seeds, mean ± standard error.\n", flush=True)
     for line in lines:
         print(line, flush=True)
+    if options.table is not None:
+        print("\n" + "\n".join(rung_lines(table)))
 
 
 if __name__ == "__main__":

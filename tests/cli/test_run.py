@@ -85,6 +85,21 @@ def test_executors_that_cannot_be_are_refused(
     assert not Path("runs/toys").exists()
 
 
+def test_a_mistake_in_an_option_is_not_said_to_be_in_the_file(cli: Cli, toy_study: Path) -> None:
+    said = cli("run", toy_study, "--storage", "mysql://host/db").refused()
+    assert "--storage" in said
+    assert toy_study.name not in said
+    assert not Path("runs/toys").exists()
+
+
+def test_another_executor_needs_no_cluster(cli: Cli, toy_study: Path) -> None:
+    """The study's own address is of the cluster, which is not asked then."""
+    text = toy_study.read_text()
+    assert 'executor = "inline"' in text
+    toy_study.write_text(text.replace('executor = "inline"', 'executor = "ray"\naddress = "auto"'))
+    assert cli("run", toy_study, "--executor", "inline", "--trials", "1").status == 0
+
+
 def test_what_to_type_next_works(cli: Cli, notes: Path, tmp_path: Path) -> None:
     study = tmp_path / "notes.toml"
     text = notes.parent / "notes.txt"

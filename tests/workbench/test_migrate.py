@@ -113,7 +113,7 @@ def test_what_the_new_space_cannot_suggest_is_left_out_and_counted(runs):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"training.lr": 0.5}, "training"),
+        ({"training.lr": 0.5}, r"training\.lr: \S+ then, 0\.5 now\n(?!.*training: )"),
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"objectives": ["toy_loss"]}, "objectives"),
         ({"constraints": {}}, "constraints"),

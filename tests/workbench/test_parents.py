@@ -152,6 +152,19 @@ def test_what_a_parent_leaves_in_flight_is_taken_over_by_one_that_stays(folder):
         assert_books_agree(ledger)
 
 
+@pytest.mark.parametrize("left", ["", '{"number": 0, "outc'])
+def test_a_record_that_a_crash_of_the_machine_tore_is_begun_again(folder, left):
+    with joined(folder) as stays:
+        ledger = open_ledger(stays)
+        with joined(folder) as leaves:
+            begin(open_ledger(leaves))
+        (ledger.path(0) / "trial.json").write_text(left)
+        ledger.refresh()
+        assert one(ledger).data["retry_of"] == 0
+        assert Trial("books", ledger.path(0)).outcome == "interrupted"
+        assert_books_agree(ledger)
+
+
 def test_a_trial_that_was_asked_for_and_never_begun_is_taken_over(folder):
     """Ctrl-C between the storage's answer and the record, while another process runs."""
     with joined(folder) as stays:

@@ -103,6 +103,7 @@ def test_a_complete_trial_without_its_objectives_is_damaged(study: Study) -> Non
         ('{"outcome": 3}', "'outcome' is no str"),
         ('{"outcome": "splendid"}', "no outcome is called 'splendid'"),
         ('{"outcome": "complete", "params": []}', "'params' is no dict"),
+        ('{"outcome": "complete", "rungs": null}', "'rungs' is no list"),
     ],
 )
 def test_what_is_no_trials_record(study: Study, text: str, what: str) -> None:

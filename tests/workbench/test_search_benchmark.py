@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from benchmarks.search import compare, histories, own, plain, race
+from benchmarks.search import compare, histories, own, plain, race, rung_lines
 from benchmarks.search_table import BUDGET, Table, Trainings, tabulate
 from tests.workbench.conftest import TOYS
 from workbench.builder import default_builder
@@ -165,3 +165,8 @@ def test_the_shipped_table_is_of_the_study():
     assert {one.layout.hash for one in layouts} == table.rows.keys()
     history = plain(table, builder, optuna.samplers.RandomSampler(seed=0))
     assert 0 < table.regret_at(history, BUDGET) < 0.3
+    page = (ROOT / "docs" / "search.md").read_text()
+    said = list(rung_lines(table))
+    assert len(said) == 3
+    for line in said:
+        assert line in page

@@ -98,7 +98,8 @@ def test_a_database_locked_at_the_start_is_a_message_and_leaves_nothing(tmp_path
     connection = sqlite3.connect(path)
     connection.execute("BEGIN EXCLUSIVE")
     folder = tmp_path / "runs" / "books"
-    with pytest.raises(WorkbenchError, match=r"cannot open .*shared\.db: .*database is locked"):
+    words = r"cannot open .*shared\.db: .*database is locked.*Another program holds the file"
+    with pytest.raises(WorkbenchError, match=words):
         try_to_open(folder, Store(f"sqlite:///{path}"))
     connection.close()
     assert not folder.exists()
