@@ -134,24 +134,30 @@ def timed_steps(
 def decode(batch: int, contestant: str) -> dict[str, Any]:
     """Time greedy generation, prefill included, of one contestant in bfloat16."""
     prompt = tokens(batch, PROMPT).cuda()
+    parts: dict[str, Callable[[], object]] = {}
     if contestant == OURS:
-        run, step = our_generation(batch, prompt)
+        run, parts = our_generation(batch, prompt)
     else:
         model = mamba_ssm_model("hybrid", torch.bfloat16).eval()
-        run = step = mamba_ssm_generation(model, prompt, NEW)
+        run = mamba_ssm_generation(model, prompt, NEW)
     with torch.inference_mode():
         timing = time_calls(run, device="cuda", warmup=2, repeats=7)
+        timed = {name: time_calls(part, device="cuda", repeats=15) for name, part in parts.items()}
         return {
             "ms": timing.median * 1000,
             "spread": timing.spread,
             "tokens_per_second": batch * NEW / timing.median,
-            "profile": profiled(step),
+            "parts_ms": {name: part.median * 1000 for name, part in timed.items()},
+            "profile": profiled(parts.get("step", run)),
+            "profile_of_prefill": profiled(parts["prefill"]) if parts else [],
         }
 
 
 @torch.inference_mode()
-def our_generation(batch: int, prompt: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A whole generation, prefill and steps captured before, and one of its steps.
+def our_generation(
+    batch: int, prompt: Tensor
+) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    """A whole generation, prefill and steps captured before, and its parts: prefill, one step.
 
     The recurrences' states are in the model's dtype, as the peer keeps them.
     """
@@ -164,7 +170,7 @@ def our_generation(batch: int, prompt: Tensor) -> tuple[Callable[[], object], Ca
         generate.prefill.rewind()
         generate.step(first)
 
-    return lambda: generate(prompt), step
+    return lambda: generate(prompt), {"prefill": lambda: generate.prefill(prompt), "step": step}
 
 
 def profiled(step: Callable[[], object]) -> list[tuple[str, float, int]]:
@@ -206,19 +212,17 @@ class Table:
 
     results: dict[str, dict[str, dict[str, Any]]]
 
-    def print(self) -> None:
+    def print_head(self) -> None:
         facts = environment("cuda")
         versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
         print(f"{facts['device_name']}, {datetime.date.today()}; {versions}\n")
         print("| work | contestant | ms | spread | tokens/s | to peer | peak GiB | first step s |")
-        print("|---|---|---:|---:|---:|---:|---:|---:|")
-        for row, by_contestant in self.results.items():
-            for contestant, result in by_contestant.items():
-                self._print_line(row, contestant, result)
+        print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
 
-    def _print_line(self, row: str, contestant: str, result: dict[str, Any]) -> None:
+    def print_line(self, row: str, contestant: str) -> None:
+        result = self.results[row][contestant]
         if "failed" in result:
-            print(f"| {row} | {contestant} | {' '.join(result['failed'])} | | | | | |")
+            print(f"| {row} | {contestant} | {' '.join(result['failed'])} | | | | | |", flush=True)
             return
         ours = self.results[row].get(OURS, {}).get("tokens_per_second")
         rate = result["tokens_per_second"]
@@ -228,15 +232,24 @@ class Table:
         print(
             f"| {row} | {contestant} | {result['ms']:.1f} | {result['spread']:.1%}{mark} "
             f"| {rate:,.0f} | {ratio} | {'' if peak is None else f'{peak:.1f}'} "
-            f"| {'' if first is None else f'{first:.1f}'} |"
+            f"| {'' if first is None else f'{first:.1f}'} |",
+            flush=True,
         )
+
+    def keep(self, path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.results, file, indent=1)
 
     def print_profiles(self) -> None:
         for row, by_contestant in self.results.items():
             result = by_contestant.get(OURS, {})
             print(f"\n{row}, {result.get('mode', '')} {result.get('backends', '')}")
-            for name, milliseconds, calls in result.get("profile", []):
-                print(f"{milliseconds:9.3f} ms {calls:5d} × {name}")
+            for name, milliseconds in result.get("parts_ms", {}).items():
+                print(f"{name}: {milliseconds:.3f} ms by the device's clock")
+            for part in ("profile", "profile_of_prefill"):
+                print(part)
+                for name, milliseconds, calls in result.get(part, []):
+                    print(f"{milliseconds:9.3f} ms {calls:5d} × {name}")
 
 
 def main() -> None:
@@ -250,16 +263,15 @@ def main() -> None:
         one(*arguments.one)
         return
     table = Table({row: {} for row in arguments.rows.split(",")})
+    table.print_head()
     for row, results in table.results.items():
         for contestant in contestants(row):
             results[contestant] = measured(row, contestant)
-            print(f"{row} {contestant} done", file=sys.stderr, flush=True)
-    table.print()
+            table.print_line(row, contestant)
+            if arguments.json:
+                table.keep(arguments.json)
     if arguments.profile:
         table.print_profiles()
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(table.results, file, indent=1)
 
 
 if __name__ == "__main__":

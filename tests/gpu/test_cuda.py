@@ -59,7 +59,8 @@ def full_precision():
 
 def relative(found, wanted):
     # A gradient can be exactly zero (A_log's at one token): then the difference itself counts.
-    return float((found.cpu() - wanted).norm() / wanted.norm().clamp_min(1e-4))
+    found, wanted = found.detach().cpu(), wanted.detach()
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-4))
 
 
 def pair(builder, name, **changes):

@@ -44,7 +44,8 @@ def model():
 
 
 def error(found, wanted):
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    found, wanted = found.detach().float(), wanted.detach().float()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def random(*shape, dtype=torch.bfloat16):

@@ -26,8 +26,9 @@ TOLERANCE = {torch.float32: 6e-4, torch.bfloat16: 3e-2}
 
 
 def error(found, wanted):
-    difference = (found.double() - wanted.double()).square().mean().sqrt()
-    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-8))
+    found, wanted = found.detach().double(), wanted.detach().double()
+    difference = (found - wanted).square().mean().sqrt()
+    return float(difference / wanted.square().mean().sqrt().clamp_min(1e-8))
 
 
 def make(config, dtype):

@@ -47,7 +47,8 @@ def no_preference():
 
 
 def error(found, wanted):
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    found, wanted = found.detach().float(), wanted.detach().float()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def losses(builder, layout, steps, optimizer="adamw", half=True, **options):

@@ -31,6 +31,7 @@ from workbench.roofline import Ceilings, Roofline
 from workbench.space import Space, SpaceConfig
 
 RECORDED = Path(__file__).with_name("latency_recorded.json")
+RECORDED_ON_H200 = Path(__file__).with_name("latency_recorded_h200.json")
 NAMES = ("toy-mixer", "toy-mlp", "shared")
 
 
@@ -291,6 +292,22 @@ def test_the_record_s_sums_rank_layouts_that_were_not_fitted_to(
         assert evaluation.kendall_tau is not None
         assert evaluation.kendall_tau > 0.8
         assert evaluation.mape < 0.15
+
+
+def test_the_record_of_a_gpu_is_predicted_to_a_few_percent(builder: Builder) -> None:
+    """Steps and prefills replayed as CUDA graphs, of batches of 1 and 64."""
+    table = LatencyTable.read(RECORDED_ON_H200, strict=False)
+    model = LatencyModel.fitted(table, builder)
+    evaluations = evaluate(model, model.observations("check"))
+    loads = {(one.load.phase, one.load.batch_size) for one in evaluations}
+    assert loads == {("decode", 1), ("decode", 64), ("prefill", 1), ("prefill", 64)}
+    fitted = {o.layout.hash for o in model.observations("fit")}
+    for evaluation in evaluations:
+        assert not fitted & {row.layout_hash for row in evaluation.rows}
+        assert len(evaluation.rows) >= 20
+        assert evaluation.kendall_tau is not None
+        assert evaluation.kendall_tau >= 0.95
+        assert evaluation.mape <= 0.05
 
 
 # Drawing

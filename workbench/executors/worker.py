@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from workbench.errors import WorkbenchError
 from workbench.executors.base import Job
+from workbench.python_cache import use_python_cache
 
 if TYPE_CHECKING:
     from workbench.builder import Builder
@@ -49,6 +50,7 @@ def main() -> None:
 def open_place(job: Job, seconds: dict[str, float]) -> Any:
     """The trials' Workplace; leaves the seconds of `imports` and `opening`."""
     started = time.perf_counter()
+    use_python_cache(job.cache_dir)
     with without_collections(), _waking(job):
         import_all(job.device)
     import torch

@@ -15,6 +15,7 @@ from torch import Tensor
 from workbench_mamba.scan.triton_rows import row_stride
 
 ROW_PROGRAMS = 264  # that share the rows of the gated norm's backward pass
+FEW_ROWS = 256  # of a decode step
 
 
 def gated_norm_forward(
@@ -30,9 +31,11 @@ def gated_norm_forward(
     rows = y_BLI.numel() // inner
     size = inner // groups
     block = triton.next_power_of_2(size)
+    # Many rows fill the device with small programs; few are over sooner with more threads each.
+    warps = (4 if block >= 1024 else 2) * (1 if rows * groups > FEW_ROWS else 2)
     gated_norm_forward_kernel[(rows, groups)](
         *(y_BLI, z_BLI, weight_I, out_BLI, eps, inner, row_stride(z_BLI), size, block),
-        num_warps=4 if block >= 1024 else 2,
+        num_warps=warps,
     )
     return out_BLI
 
@@ -77,9 +80,9 @@ def gated_norm_forward_kernel(
     c += group * size
     y_K = tl.load(y + row * inner + c, mask=keep, other=0.0).to(tl.float32)
     z_K = tl.load(z + row * z_row + c, mask=keep, other=0.0).to(tl.float32)
+    w_K = tl.load(weight + c, mask=keep, other=0.0).to(tl.float32)  # not after waiting for the sum
     gated = y_K * z_K * tl.sigmoid(z_K)
     scale = tl.rsqrt(tl.sum(gated * gated, 0) / size + eps)
-    w_K = tl.load(weight + c, mask=keep, other=0.0).to(tl.float32)
     tl.store(out + row * inner + c, gated * scale * w_K, mask=keep)
 
 

@@ -73,12 +73,14 @@ def conv_step_kernel(
     if HAS_BIAS:
         total_K += tl.load(bias + c_K, mask=keep, other=0.0).to(tl.float32)
     at_K = state + (batch * channels + c_K) * W
+    olds = ()
     for k in tl.static_range(W - 1):
+        weight_K = tl.load(weight + c_K * W + k, mask=keep, other=0.0).to(tl.float32)
         old_K = tl.load(at_K + k + 1, mask=keep, other=0.0)
-        total_K += old_K.to(tl.float32) * tl.load(weight + c_K * W + k, mask=keep, other=0.0).to(
-            tl.float32
-        )
-        tl.store(at_K + k, old_K, mask=keep)
+        total_K += old_K.to(tl.float32) * weight_K
+        olds = olds + (old_K,)  # noqa: RUF005
+    for k in tl.static_range(W - 1):  # after all loads, which would wait for a store before them
+        tl.store(at_K + k, olds[k], mask=keep)
     tl.store(at_K + W - 1, new_K, mask=keep)
     tl.store(y + batch * channels + c_K, total_K * tl.sigmoid(total_K), mask=keep)
 
@@ -93,6 +95,8 @@ def state_step_kernel(
     n = tl.arange(0, N)
     keep = n < N_SIZE
     group = head // heads_a_group
+    at = state + ((batch * heads + head) * P + p[:, None]) * N_SIZE + n[None, :]
+    old = tl.load(at, mask=keep[None, :], other=0.0).to(tl.float32)  # the longest way, so first
     dt = tl.load(raw + batch * raw_row + head).to(tl.float32)
     dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
     dt = tl.minimum(tl.maximum(dt, low), high)
@@ -102,9 +106,8 @@ def state_step_kernel(
     B_N = tl.load(row + heads * P + group * N_SIZE + n, mask=keep, other=0.0).to(tl.float32)
     C_at = heads * P + (groups + group) * N_SIZE
     C_N = tl.load(row + C_at + n, mask=keep, other=0.0).to(tl.float32)
-    at = state + ((batch * heads + head) * P + p[:, None]) * N_SIZE + n[None, :]
-    new = tl.load(at, mask=keep[None, :], other=0.0).to(tl.float32) * decay
-    new += (dt * x_P)[:, None] * B_N[None, :]
+    skip = tl.load(D + head).to(tl.float32)
+    new = old * decay + (dt * x_P)[:, None] * B_N[None, :]
     tl.store(at, new, mask=keep[None, :])
-    y_P = tl.sum(new * C_N[None, :], 1) + tl.load(D + head).to(tl.float32) * x_P
+    y_P = tl.sum(new * C_N[None, :], 1) + skip * x_P
     tl.store(y + batch * heads * P + head * P + p, y_P)
