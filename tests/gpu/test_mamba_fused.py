@@ -80,7 +80,8 @@ def backend(monkeypatch):
     from workbench_mamba.kernels import mamba_inner
 
     if DEVICE == "cpu":  # programs are slow to start there
-        monkeypatch.setattr(triton_selective_plan, "CHANNELS", 64)
+        for name in ("FORWARD_CHANNELS", "BACKWARD_CHANNELS"):
+            monkeypatch.setattr(triton_selective_plan, name, 64)
     calls, real = [], mamba_inner.mamba_inner
 
     def counted(*arguments, **keywords):

@@ -1,12 +1,12 @@
 # mypy: ignore-errors
 """Triton kernels of the selective scan's backward pass.
 
-Programs are the forward pass's: one warp, two lanes a channel. Each goes through its tokens from
-the last to the first, a chunk of PARTS * T at a time: from the checkpoint it finds the state
-before the last T tokens, whose states and decays it computes again into registers, then their
-gradients; then alike for the T tokens before them. The sums over channels, for the gradients of B
-and C, are the costly part: a warp reduces all the products of a token together, and writes one
-partial sum a block of channels.
+A program is one warp, two lanes a channel: each has half its states, and sums over channels stay
+in the warp. It goes through its tokens from the last to the first, a chunk of PARTS * T at a time:
+from the checkpoint it finds the state before the last T tokens, whose states and decays it
+computes again into registers, then their gradients; then alike for the T tokens before them. The
+sums over channels, for the gradients of B and C, are the costly part: a warp reduces all the
+products of a token together, and writes one partial sum a block of channels.
 
 Legend for shapes: B batch, L length, D channels, N state, S segments, K chunks, P channel blocks.
 """
@@ -214,11 +214,13 @@ def scan_backward(
             states, factors = advance(
                 h_ND, us, deltas, row, seq, chunk, L, A2_ND, HAS_SEQ, N, BD, part * T, T
             )
+            # Stores come after all tokens: no load could pass one, nor the next token's arithmetic.
+            sums, dinputs, draws = (), (), ()
             for j in tl.static_range(T - 1, -1, -1):
                 i = part * T + j
                 input_D = us[part * T + j].to(tl.float32)
                 step_D, up_D = deltas[part * T + j], dys[part * T + j].to(tl.float32)
-                carry_ND, dexponent_ND, dx_D, draw_D, sums = token_gradients(
+                carry_ND, dexponent_ND, dx_D, draw_D, sums_ND = token_gradients(
                     *(carry_ND, states[j], states[j + 1], factors[j], A2_ND, row + i * N),
                     *(input_D, step_D, up_D, N, BD, ASSEMBLY, EXACT),
                 )
@@ -226,9 +228,14 @@ def scan_backward(
                 draw_D = (draw_D + input_D * dx_D) * slopes[part * T + j]
                 dbias_D += draw_D
                 dD_D += up_D * input_D
-                dinput_D = step_D * dx_D + skip_D * up_D
+                sums = sums + (sums_ND,)  # noqa: RUF005
+                dinputs = dinputs + (step_D * dx_D + skip_D * up_D,)  # noqa: RUF005
+                draws = draws + (draw_D,)  # noqa: RUF005
+            for j in tl.static_range(T - 1, -1, -1):
+                i = part * T + j
+                sums_ND, dinput_D, draw_D = sums[T - 1 - j], dinputs[T - 1 - j], draws[T - 1 - j]
                 inside = chunk + i < L
-                store_sums(partial + i * (2 * N), place_ND, sums, inside, N, WHOLE, ASSEMBLY)
+                store_sums(partial + i * (2 * N), place_ND, sums_ND, inside, N, WHOLE, ASSEMBLY)
                 store_token(du_D + i * D_SIZE, dinput_D, chunk + i, L, mask_D, WHOLE, EVEN)
                 store_token(ddelta_D + i * D_SIZE, draw_D, chunk + i, L, mask_D, WHOLE, EVEN)
         us, raw, dys, start_ND = next_us, next_raw, next_dys, next_start_ND

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 """Triton kernels of the selective scan's forward pass.
 
-One program is one warp and CHANNELS channels of one sequence: two lanes a channel, each with half
-of its N states in registers, so that sums over n need one exchange. Time runs in a loop, T tokens
-at a time, whose inputs are fetched T tokens ahead. If there are too few channels to fill the
-device, time is cut into segments as well: `segment_states` finds what each adds to a zero state.
+One program is FORWARD_CHANNELS channels of one sequence, a lane a channel, with its N states in
+registers, so that sums over n need no exchange. Time runs in a loop, T tokens at a time, whose
+inputs are fetched T tokens ahead. If there are too few channels to fill the device, time is cut
+into segments as well: `segment_states` finds what each adds to a zero state.
 
 Legend for shapes: B batch, L length, D channels, N state, S segments, K chunks.
 """
@@ -17,9 +17,11 @@ from .triton_selective_steps import (
     decay,
     load_channel,
     load_pair,
+    load_pairs,
     load_state_matrix,
     load_tokens,
     sigmoid,
+    split_pair,
     starts_document,
     state_at,
     step_sizes,
@@ -156,20 +158,24 @@ def scan_forward(
             if t % CHUNK == 0:
                 tl.store(kept_ND, h_ND.to(kept_ND.dtype.element_ty), mask=mask_ND)
                 kept_ND += N_SIZE * D_SIZE
+        # No store between the loads, and none before all sums: neither could pass it.
+        pairs = load_pairs(row, N, BD, T)
         deltas, _ = step_sizes(raw, bias_D, t, L, T, SOFTPLUS, WHOLE)
+        outs = ()
         for j in tl.static_range(T):
             starts = starts_document(seq, t + j, L, HAS_SEQ)
             a_ND = decay(deltas[j], A2_ND, starts, HAS_SEQ)
-            b_ND, c_ND = load_pair(row + j * N, N, BD)
+            b_ND, c_ND = split_pair(pairs[j])
             input_D = us[j].to(tl.float32)
             h_ND = a_ND * h_ND + b_ND * (deltas[j] * input_D)[None, :]
-            out_D = tl.sum(c_ND * h_ND, 0) + skip_D * input_D
+            outs = outs + (tl.sum(c_ND * h_ND, 0) + skip_D * input_D,)  # noqa: RUF005
+        for j in tl.static_range(T):
             if PLAIN:
-                store_token(y_D + j * D_SIZE, out_D, t + j, L, mask_D, WHOLE, EVEN)
+                store_token(y_D + j * D_SIZE, outs[j], t + j, L, mask_D, WHOLE, EVEN)
             if HAS_Z:
                 gate_D = zs[j].to(tl.float32)
-                out_D *= gate_D * sigmoid(gate_D)
-                store_token(gated_D + j * D_SIZE, out_D, t + j, L, mask_D, WHOLE, EVEN)
+                gated_out_D = outs[j] * gate_D * sigmoid(gate_D)
+                store_token(gated_D + j * D_SIZE, gated_out_D, t + j, L, mask_D, WHOLE, EVEN)
         us, raw = next_us, next_raw
         row += T * N
         if PLAIN:

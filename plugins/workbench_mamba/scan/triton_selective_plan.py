@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Channels of a program, which is one warp: two lanes a channel, as the sums over channels want it.
-CHANNELS = 16
+# Channels and warps of a program. Forward, a lane has all states of one channel, and needs no other
+# for the sum over them. Backward, two lanes share one, as the sums over channels want it.
+FORWARD_CHANNELS, FORWARD_WARPS = 128, 4
+BACKWARD_CHANNELS, BACKWARD_WARPS = 16, 1
 # Tokens that a loop's body unrolls, forward and backward.
-FORWARD_TOKENS, BACKWARD_TOKENS = 4, 4
-# Unrolled bodies between two kept states.
+FORWARD_TOKENS, BACKWARD_TOKENS = 2, 2
+# Unrolled bodies between two kept states: with more, fewer states are kept, but the inputs of so
+# many tokens spill registers, and the whole backward pass is slower for it.
 PARTS = 2
 # Most registers of a lane in the backward pass, so that 3 warps fit a multiprocessor's quarter.
 REGISTERS = 168
@@ -47,10 +50,12 @@ class Plan:
     segments: int
     segment: int
     tokens: int
+    block: int
+    warps: int
 
     @property
     def blocks(self) -> int:
-        return -(-self.channels // CHANNELS)
+        return -(-self.channels // self.block)
 
     @property
     def chunks(self) -> int:
@@ -68,10 +73,10 @@ class Plan:
             "D_SIZE": self.channels,
             "N_SIZE": self.n_state,
             "WHOLE": self.length % chunk_size() == 0,
-            "EVEN": self.channels % CHANNELS == 0,
+            "EVEN": self.channels % self.block == 0,
             "N": self.N,
-            "BD": CHANNELS,
-            "num_warps": 1,
+            "BD": self.block,
+            "num_warps": self.warps,
         }
 
 
@@ -107,25 +112,36 @@ class Inputs:
 
 def plan_forward(u_BLD: Tensor, n_state: int, segments: int | None) -> Plan:
     """Sizes of a launch in `segments` parts of the time, by default as many as fill the device."""
-    return _plan(u_BLD, n_state, FORWARD_TOKENS, FORWARD_PROGRAMS, segments)
+    size = (FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS)
+    return _plan(u_BLD, n_state, *size, FORWARD_PROGRAMS, segments)
 
 
 def plan_backward(u_BLD: Tensor, n_state: int, segments: int | None) -> Plan:
     """The same for the backward pass."""
-    return _plan(u_BLD, n_state, BACKWARD_TOKENS, BACKWARD_PROGRAMS, segments)
+    size = (BACKWARD_TOKENS, BACKWARD_CHANNELS, BACKWARD_WARPS)
+    return _plan(u_BLD, n_state, *size, BACKWARD_PROGRAMS, segments)
 
 
-def _plan(u_BLD: Tensor, n_state: int, tokens: int, programs: int, segments: int | None) -> Plan:
+def _plan(
+    u_BLD: Tensor,
+    n_state: int,
+    tokens: int,
+    block: int,
+    warps: int,
+    programs: int,
+    segments: int | None,
+) -> Plan:
     batch, length, channels = u_BLD.shape
     if segments is None:
         wanted = programs * multiprocessors(u_BLD.device)
-        at_once = batch * -(-channels // CHANNELS)
+        at_once = batch * -(-channels // block) * warps
         # Every segment is read twice, so only as many as fill the device.
         segments = max(1, min(wanted // at_once, 16, length // LEAST_SEGMENT))
     chunks = -(-length // chunk_size())
     segment = -(-chunks // segments) * chunk_size()
     N = max(16, 1 << (n_state - 1).bit_length())
-    return Plan(batch, length, channels, n_state, N, -(-length // segment), segment, tokens)
+    parts = -(-length // segment)
+    return Plan(batch, length, channels, n_state, N, parts, segment, tokens, block, warps)
 
 
 def multiprocessors(device: torch.device) -> int:

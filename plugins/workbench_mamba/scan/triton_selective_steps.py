@@ -97,8 +97,22 @@ def load_pair(row, N: tl.constexpr, BD: tl.constexpr):
     They lie in the halves of one 64-bit number: a lane's states are apart, so that wider loads
     would not serve it. Broadcast here, so that a loop keeps them in the layout they are used in.
     """
-    pair_N = tl.load(row + tl.arange(0, N))
-    pair_ND = tl.broadcast_to(pair_N[:, None], (N, BD))
+    return split_pair(tl.broadcast_to(tl.load(row + tl.arange(0, N))[:, None], (N, BD)))
+
+
+@triton.jit
+def load_pairs(row, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+    """B and C of T tokens, yet to be split."""
+    pairs = ()
+    for j in tl.static_range(T):
+        pair_N = tl.load(row + j * N + tl.arange(0, N))
+        pairs = pairs + (tl.broadcast_to(pair_N[:, None], (N, BD)),)  # noqa: RUF005
+    return pairs
+
+
+@triton.jit
+def split_pair(pair_ND):
+    """B and C from the halves of the 64-bit numbers."""
     b_ND = pair_ND.to(tl.int32).to(tl.float32, bitcast=True)
     c_ND = (pair_ND >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return b_ND, c_ND
