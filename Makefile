@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow lint bench wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base ## a real search on real text: minutes on two cores; again: resumes
@@ -24,11 +24,19 @@ bench: $(VENV)/dev ## the tables that the README quotes
 	$(BIN)/python benchmarks/cpu_scans.py --check
 	$(BIN)/python benchmarks/startup.py --check
 
+# The descriptions are of this tree's sources, wherever VENV's workbench comes from.
+wheel: $(VENV)/dev ## dist/: a wheel that holds the descriptions of the presets
+	PYTHONPATH="$(CURDIR):$(CURDIR)/plugins" $(BIN)/python -m workbench.description_making
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Without descriptions made before, all works as well, and a preset's first takes seconds.
 $(VENV)/base: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	-$(BIN)/python -m workbench.description_making
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
@@ -36,4 +44,4 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist workbench/descriptions.zip *.egg-info .pytest_cache .mypy_cache .ruff_cache

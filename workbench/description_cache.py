@@ -1,15 +1,15 @@
 """Descriptions of presets kept on disk, so that what was described once is shown without torch.
 
-An entry is one file: the sha256 of the rest, then JSON with what the description was computed
-from (`description_sources.py`) and the description. It is used only if all of that is as it was;
-any other is computed anew and written over. Nothing is kept of what may differ from call to call:
-of trials and files, where a plugin did not load or printed something, or where a source changed
-while it was loaded.
+An entry is one file (`description_entry.py`) with the description and what it was computed from
+(`description_sources.py`). It is used only if all of that is as it was; any other is computed
+anew and written over. Nothing is kept of what may differ from call to call: of trials and files,
+where a plugin did not load or printed something, or where a source changed while it was loaded.
+What nobody described here yet may have been described before the workbench was installed
+(`description_shipped.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import stray_output
-from workbench.description import Description, Row
+from workbench.description import Description
+from workbench.description_entry import described, read_entry, write_entry
+from workbench.description_shipped import shipped
 from workbench.description_sources import digest, last_change, loaded_sources, surroundings
 from workbench.errors import DiskError
 from workbench.files import make_folder, replacing
-from workbench.layout import Layout
-from workbench.preset import Preset
 
 if TYPE_CHECKING:
     from workbench.discovery import Plugins
 
-FORMAT = 1
 FOLDER = "WORKBENCH_CACHE"
 # A file system's clock may be that much behind Python's.
 TICK = 100_000_000  # nanoseconds
@@ -63,28 +62,33 @@ class DescriptionCache:
 
     def __init__(self, request: Mapping[str, Any], plugin_dirs: tuple[str, ...] = ()) -> None:
         self.started = time.time_ns()
+        self.request = dict(request)
         self.plugin_dirs = plugin_dirs
-        text = json.dumps([sys.prefix, dict(request), plugin_dirs], sort_keys=True)
-        folder = None if "torch" in sys.modules else cache_folder()
+        self.is_useful = "torch" not in sys.modules
+        text = json.dumps([sys.prefix, self.request, plugin_dirs], sort_keys=True)
+        folder = cache_folder() if self.is_useful else None
         key = hashlib.sha256(text.encode()).hexdigest()
         self.path = None if folder is None else folder / "descriptions" / f"{key}.txt"
         self.surroundings = "" if folder is None else surroundings()
 
     def find(self) -> Description | None:
-        """What was kept, if everything that it was computed from is as it was then."""
+        """What was kept or shipped, if everything that it was computed from is as it was then."""
+        if not self.is_useful:
+            return None
+        return self._kept() or shipped(self.request, self.plugin_dirs)
+
+    def _kept(self) -> Description | None:
         try:
             text = "" if self.path is None else self.path.read_text("utf-8")
         except (OSError, UnicodeDecodeError):
             return None
-        checksum, _, content = text.partition("\n")
-        if checksum != _sha256(content):
+        entry = read_entry(text)
+        if entry is None or entry["made_from"]["surroundings"] != self.surroundings:
             return None
-        entry = json.loads(content)
-        if entry["format"] != FORMAT or entry["surroundings"] != self.surroundings:
+        sources = entry["made_from"]["sources"]
+        if any(digest(place) != before for place, before in sources.items()):
             return None
-        if any(digest(place) != before for place, before in entry["sources"].items()):
-            return None
-        return _unpacked(entry["description"])
+        return described(entry)
 
     def keep(self, description: Description, plugins: Plugins) -> None:
         """Write an entry, if the same request will give the same as long as no source changes.
@@ -100,54 +104,13 @@ class DescriptionCache:
         sources = loaded_sources(modules, self.plugin_dirs)
         if last_change(sources) >= self.started - TICK:
             return  # what was loaded may not be what was read just now
-        entry = {
-            "format": FORMAT,
-            "surroundings": self.surroundings,
-            "sources": sources,
-            "description": _packed(description),
-        }
-        content = json.dumps(entry, allow_nan=False)
+        made_from = {"surroundings": self.surroundings, "sources": sources}
         try:
             make_folder(self.path.parent)
             with replacing(self.path) as temporary:
-                temporary.write_text(f"{_sha256(content)}\n{content}", "utf-8")
+                temporary.write_text(write_entry(description, made_from), "utf-8")
         except DiskError as error:
             raise DiskError(
                 f"{error}; {FOLDER} names another folder for descriptions, or is set to nothing "
                 "to keep none"
             ) from None
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _packed(description: Description) -> dict[str, Any]:
-    data = {
-        field.name: getattr(description, field.name) for field in dataclasses.fields(Description)
-    }
-    preset = description.preset
-    assert preset is not None
-    return data | {
-        "layout": description.layout.to_dict(),
-        "blocks": [dataclasses.asdict(row) for row in description.blocks],
-        "outside": [dataclasses.asdict(row) for row in description.outside],
-        "total": dataclasses.asdict(description.total),
-        "preset": {
-            "source": preset.source,
-            "stated_parameters": preset.stated_parameters,
-            "assumptions": preset.assumptions,
-        },
-    }
-
-
-def _unpacked(data: dict[str, Any]) -> Description:
-    layout = Layout.from_dict(data["layout"])
-    changed = {
-        "layout": layout,
-        "blocks": tuple(Row(**row) for row in data["blocks"]),
-        "outside": tuple(Row(**row) for row in data["outside"]),
-        "total": Row(**data["total"]),
-        "preset": Preset(layout=lambda: layout, **data["preset"]),
-    }
-    return Description(**(data | changed))

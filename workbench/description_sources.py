@@ -116,6 +116,27 @@ def digest(place: str) -> str:
     return found.hexdigest()
 
 
+def contents(folder: str) -> str:
+    """sha256 of a package's sources: names within it and contents, wherever it is installed.
+
+    Unlike `digest`, it is the same for a checkout and for what was installed from its wheel.
+    """
+    if not os.path.isdir(folder):
+        return ABSENT
+    found = hashlib.sha256()
+    try:
+        for path in _files(folder):
+            if os.path.splitext(path)[1] in SOURCES:
+                with open(path, "rb") as file:
+                    content = file.read()
+                name = os.path.relpath(path, folder).replace(os.sep, "/")
+                found.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))
+                found.update(content)
+    except OSError:  # a link that leads nowhere, or a file that is no longer there
+        return ABSENT
+    return found.hexdigest()
+
+
 def last_change(places: Iterable[str]) -> int:
     """When a file in there was last written or exchanged, in nanoseconds; 0 for no file."""
     latest = 0
