@@ -3,11 +3,11 @@
     python benchmarks/overhead.py [--long 3] [--trials 64] [--nap 4]
 
 Trials sleep, so that processors are no bottleneck, and train next to nothing. A worker notes when
-each nap ends. Between the ends of its first and of its last nap lies all that its trials after the
-first took; less what their records say was spent in the stages that need a model (the nap is in
-one of them), that is the overhead: suggesting, static stage, claims, records, storage, messages,
-waiting for the study's process, building models. Starting processes is in none of it: nobody does
-that once a trial.
+each nap ends. Between the ends of two naps of a worker lie the rest of one trial and the beginning
+of the next; less what their records say was spent there in stages that need a model (naps are the
+end of the first of these), that is the overhead: suggesting, static stage, claims, records,
+storage, messages, waiting for the study's process, building models. Starting processes is in none
+of it: nobody does that once a trial.
 
 `optuna`: as many processes on one SQLite file, `study.optimize` with the same sampler, the same
 space and the same naps, which are all of their work. `--long` trials of 60 seconds are run with one
@@ -19,6 +19,7 @@ The second table is CPU time of the study's process, by part, in the run with ei
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -61,6 +62,9 @@ def register_metrics(register):
     register("nap", Nap)
 """
 Ends = dict[int, list[tuple[str, float]]]  # by process: each nap's layout or trial, and its end
+Work = dict[
+    str, tuple[float, float]
+]  # by layout or trial: seconds of work up to its nap's end, after
 
 
 def study(folder: Path, workers: int, nap: float, trials: int) -> dict[str, Any]:
@@ -109,18 +113,21 @@ class Parts:
         setattr(owner, name, timed)
 
 
-def ours(nap: float, workers: int, trials: int) -> tuple[Ends, dict[str, float], Parts]:
+def ours(nap: float, workers: int, trials: int) -> tuple[Ends, Work, Parts]:
     """Ends of naps, seconds of work by layout, and CPU seconds of the study's process."""
     from workbench import ledger, scheduler, storage
     from workbench.executors.process import ProcessExecutor
+    from workbench.guard import Guard
     from workbench.study import run_study
     from workbench.study_config import StudyConfig
 
     parts = Parts()
     for owner, name, part in (
         (storage, "ask", "ask the storage for a trial"),
-        (scheduler.Scheduler, "_suggest", "draw a layout (sampler, guard, provenance)"),
+        (scheduler.Scheduler, "_suggest", "draw a layout and store what was drawn"),
         (scheduler, "judge_static", "static stage"),
+        (Guard, "renew", "watch plugins"),
+        (Guard, "restore", "watch plugins"),
         (scheduler.Scheduler, "_claim", "claim and first records"),
         (ProcessExecutor, "submit", "start workers, hand trials over"),
         (ProcessExecutor, "wait", "hear of progress"),
@@ -137,18 +144,20 @@ def ours(nap: float, workers: int, trials: int) -> tuple[Ends, dict[str, float],
             StudyConfig.from_dict(study(folder, workers, nap, trials)), folder / "runs"
         )
         work = {
-            trial.data["layout_hash"]: sum(
-                seconds
-                for stage, seconds in trial.data["stage_seconds"].items()
-                if stage != "static"
-            )
+            trial.data["layout_hash"]: worked(trial.data["stage_seconds"])
             for trial in done.trials()
             if trial.outcome == "complete"
         }
         return read(folder / "naps.txt"), work, parts
 
 
-def theirs(nap: float, workers: int, trials: int) -> tuple[Ends, dict[str, float]]:
+def worked(stages: dict[str, float]) -> tuple[float, float]:
+    """Seconds in stages that need a model: in the one that ends with the nap, and in later ones."""
+    later = sum(seconds for stage, seconds in stages.items() if stage not in ("static", "measured"))
+    return stages["measured"], later
+
+
+def theirs(nap: float, workers: int, trials: int) -> tuple[Ends, Work]:
     """The same of Optuna's processes."""
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         folder = Path(name)
@@ -160,7 +169,7 @@ def theirs(nap: float, workers: int, trials: int) -> tuple[Ends, dict[str, float
         running = [subprocess.Popen(command, env=environment) for _ in range(workers)]
         assert [process.wait() for process in running] == [0] * workers
         ends = read(folder / "naps.txt")
-    return ends, {key: nap for naps in ends.values() for key, _ in naps}
+    return ends, {key: (nap, 0.0) for naps in ends.values() for key, _ in naps}
 
 
 def peer(folder: Path, nap: float, trials: int) -> None:
@@ -208,21 +217,22 @@ def read(path: Path) -> Ends:
     return ends
 
 
-def overhead(ends: Ends, work: dict[str, float]) -> tuple[int, float, float]:
+def overhead(ends: Ends, work: Work) -> tuple[int, float, float]:
     """Trials that count; seconds of work and of overhead of each, on average."""
-    count, worked, beyond = 0, 0.0, 0.0
+    count, inside, beyond = 0, 0.0, 0.0
     for naps in ends.values():
-        inside = sum(work[key] for key, _ in naps[1:])
-        count += len(naps) - 1
-        worked += inside
-        beyond += naps[-1][1] - naps[0][1] - inside
-    return count, worked / count, beyond / count
+        for (last, began), (key, ended) in itertools.pairwise(naps):
+            seconds = work[last][1] + work[key][0]
+            count += 1
+            inside += seconds
+            beyond += ended - began - seconds
+    return count, inside / count, beyond / count
 
 
-def row(words: str, ends: Ends, work: dict[str, float], target: str) -> str:
-    count, worked, beyond = overhead(ends, work)
-    share = beyond / worked
-    return f"| {words} | {count} | {worked:.2f} | {beyond:.3f} | {share:.2%} | {target} |"
+def row(words: str, ends: Ends, work: Work, target: str) -> str:
+    count, inside, beyond = overhead(ends, work)
+    share = beyond / inside
+    return f"| {words} | {count} | {inside:.2f} | {beyond:.3f} | {share:.2%} | {target} |"
 
 
 def print_tables(arguments: argparse.Namespace) -> None:

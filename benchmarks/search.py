@@ -82,7 +82,15 @@ OPTUNAS: dict[str, dict[str, Any]] = {
     "NSGA-II": {"class": "optuna.samplers.NSGAIISampler"},
     TPE: {"class": "optuna.samplers.TPESampler", "multivariate": True, "group": True},
 }
-SEARCHERS = (*OPTUNAS, f"{OWN}, no rungs", OWN)
+SURROGATE = {"class": "workbench.sampler.SurrogateSampler"}
+# Of our loop: with the study's rungs or none, and its sampler.
+OURS: dict[str, tuple[bool, dict[str, Any]]] = {
+    f"{OWN}, TPE, no rungs": (False, {}),
+    f"{OWN}, TPE": (True, {}),
+    f"{OWN}, surrogate, no rungs": (False, SURROGATE),
+    f"{OWN}, surrogate": (True, SURROGATE),
+}
+SEARCHERS = (*OPTUNAS, *OURS)
 
 
 def plain(figures: Figures, builder: Builder, sampler: Any) -> History:
@@ -161,12 +169,19 @@ class ReplayExecutor(Executor):
 
 
 def own(
-    figures: Figures, builder: Builder, seed: int, cache: Path, *, rungs: bool = True
+    figures: Figures,
+    builder: Builder,
+    seed: int,
+    cache: Path,
+    *,
+    rungs: bool = True,
+    sampler: dict[str, Any] | None = None,
 ) -> History:
     """The study's own loop, on a storage of its own."""
     config = dataclasses.replace(
         figures.config,
         seed=seed,
+        sampler=figures.config.sampler if sampler is None else sampler,
         budget=dataclasses.replace(figures.config.budget, trials=1_000_000, seconds=None),
     )
     if not rungs:
@@ -195,7 +210,8 @@ def search(figures: Figures, name: str, seed: int) -> History:
     if name in OPTUNAS:
         return plain(figures, builder, storage.make_sampler(OPTUNAS[name], seed))
     with tempfile.TemporaryDirectory() as cache:
-        return own(figures, builder, seed, Path(cache), rungs=name == OWN)
+        rungs, sampler = OURS[name]
+        return own(figures, builder, seed, Path(cache), rungs=rungs, sampler=sampler)
 
 
 def _search(opened: Callable[[], Figures], name: str, seed: int) -> History:

@@ -6,8 +6,9 @@ Random suggestions of a study's space, each resolved, hashed, compared with thos
 layers' construction checked once a kind, its static metrics computed and held against the study's
 constraints: what a suggestion goes through before anything dear. Seconds are of this process's CPU
 time, in one thread. `first` holds what is met for the first time: each kind of quantized block is
-built once, without memory, to count its stored bytes. `in a study` is `judge_static` as a study
-calls it, which also watches plugins and keeps what they print apart.
+built once, without memory, to count its stored bytes. `in a study` is the same as a study does it:
+it also watches what plugins do to what all share, suggesting and judging, and keeps what they print
+apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from workbench.builder import default_builder
 from workbench.environment import package_versions, processor_name
 from workbench.errors import FieldError
+from workbench.guard import guarded
 from workbench.layout import Layout
 from workbench.space import Space
 from workbench.study_config import StudyConfig
@@ -68,6 +70,13 @@ class Screening:
         except FieldError:
             return None
 
+    def one_in_a_study(self, folder: Path) -> None:
+        with guarded("a placement policy or layer", guard=self.place.guard):
+            layout = self.suggest()
+        if layout is not None:
+            found = judge_static(self.place, layout, folder)
+            assert found.outcome in ("complete", "infeasible"), found.reason
+
     def one(self) -> None:
         layout = self.suggest()
         if layout is None:
@@ -106,8 +115,10 @@ def main() -> None:
             f"first {FIRST}": rate(screening.one, FIRST),
             f"next {arguments.layouts}": rate(screening.one, arguments.layouts),
         }
-        layouts = [found for _ in range(60) if (found := screening.suggest()) is not None]
-        rates["in a study"] = rate(lambda: judge_static(place, layouts.pop(), folder), 40)
+        studied = arguments.layouts // 5
+        rates[f"in a study, {studied} more"] = rate(
+            lambda: screening.one_in_a_study(folder), studied
+        )
     version = package_versions(("torch",))["torch"]
     print(f"{arguments.study}, {processor_name()}, torch {version}, {datetime.now(UTC):%Y-%m-%d}")
     print(", ".join(f"{count:,} {what}" for what, count in screening.counts.items()))

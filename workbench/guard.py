@@ -1,8 +1,10 @@
 """Keeps a plugin from changing what all plugins share: torch, the workbench, each other's code.
 
 A `Guard` notes functions, classes and settings when it is made; `restore` finds what has become of
-them since, puts it back and says what it was. It is no wall against malice, only against the
-patches and global settings that make one plugin's figures depend on another's presence.
+them since, puts it back and says what it was. Making one takes milliseconds, so that whoever needs
+one again and again keeps it, and says by `renew` that it begins anew. It is no wall against malice,
+only against the patches and global settings that make one plugin's figures depend on another's
+presence.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import operator
 import os
 import random
@@ -72,19 +75,30 @@ class Guard:
         self._seen: set[str] = set()
         self._tensor = torch.Tensor
         self._watch_modules()
-        self._remember()
+        self._note_settings()
 
-    def _remember(self) -> None:
+    def renew(self) -> None:
+        """Note everything anew, as a guard that is made now would: what has changed may stay."""
+        if not self._same_names():
+            for space in self._spaces.values():
+                space.remember()
+            self._watch_new_classes()
+        self._watch_modules()
+        self._note_settings()
+
+    def _note_settings(self) -> None:
         self._hooks = [(name, found, dict(found)) for name, found in _global_hooks()]
         self._settings = read_settings()
         self._generators = _generator_states()
         self._filters = list(warnings.filters)
 
     def restore(self) -> list[Change]:
-        """Put back what has changed since this was made, and say what that was."""
+        """Put back what has changed since this was made or renewed, and say what that was."""
         # Settings first: torch.Storage, for one, follows the default dtype.
         changes = [Change(text) for text in write_settings(self._settings)]
-        changes += [change for space in self._spaces.values() for change in space.restore()]
+        if not self._same_names():
+            changes += [change for space in self._spaces.values() for change in space.restore()]
+            self._watch_new_classes()
         for name, found, before in self._hooks:
             if not _same(found, before):
                 changes.append(Change(f"{name} holds other hooks"))
@@ -100,25 +114,50 @@ class Guard:
         self._watch_modules()
         return changes
 
+    def _same_names(self) -> bool:
+        """Whether all names stand for what they stood for: the one path when all is well."""
+        if sum(map(len, self._now)) != len(self._before):
+            return False
+        return all(map(operator.is_, itertools.chain.from_iterable(self._now), self._before))
+
+    def _note_names(self) -> None:
+        # Views of the namespaces themselves: thousands of names are compared in one go.
+        self._now = [vars(space.owner).values() for space in self._spaces.values()]
+        self._before = list(itertools.chain.from_iterable(self._now))
+
     def _watch_modules(self) -> None:
         """Take in what was imported meanwhile, be it again."""
-        now = sys.modules
+        now, known = sys.modules, self._modules
+        as_before = map(operator.is_, map(now.get, known, known.values()), known.values())
+        if self._seen.issuperset(now) and all(as_before):
+            return
         new = now.keys() - self._seen
-        again = {name for name, known in self._modules.items() if now.get(name, known) is not known}
+        again = {name for name, module in known.items() if now.get(name, module) is not module}
         for name in sorted(new | again):
-            if name in TORCH or name.startswith(TORCH_PACKAGES):
-                self._watch(name, now[name], "")
-            elif (top := name.partition(".")[0]) in self._packages:
-                self._watch(name, now[name], top)
+            if (own := self._package_of(name)) is not None and isinstance(now[name], ModuleType):
+                known[name] = now[name]
+                self._watch_names(now[name], name, own)
+                self._watch_classes(name, own)
         self._seen |= new
         self._watch_class(self._tensor, "")
+        self._note_names()
 
-    def _watch(self, name: str, module: object, own: str) -> None:
-        if not isinstance(module, ModuleType):
-            return
-        self._modules[name] = module
-        self._watch_names(module, name, own)
-        for value in () if name in FUNCTIONS else list(vars(module).values()):
+    def _watch_new_classes(self) -> None:
+        """Take in what modules have defined meanwhile."""
+        for name in self._modules:
+            self._watch_classes(name, self._package_of(name) or "")
+        self._note_names()
+
+    def _package_of(self, name: str) -> str | None:
+        """The top-level package of a module that is watched; empty for torch, None for others."""
+        if name in TORCH or name.startswith(TORCH_PACKAGES):
+            return ""
+        top = name.partition(".")[0]
+        return top if top in self._packages else None
+
+    def _watch_classes(self, name: str, own: str) -> None:
+        values = () if name in FUNCTIONS else list(vars(self._modules[name]).values())
+        for value in values:
             if isinstance(value, type) and value.__module__ == name:
                 self._watch_class(value, own)
 
@@ -142,16 +181,17 @@ class _Namespace:
     def __init__(self, owner: Any, name: str, own: str, packages: frozenset[str] | None) -> None:
         self.owner, self.name, self.own, self.packages = owner, name, own, packages
         self.is_class = isinstance(owner, type)
-        self._remember()
+        self.remember()
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
+        """Take what is there now for what was there before."""
         names = vars(self.owner)
         self.names, self.values = tuple(names), tuple(names.values())
 
     def restore(self) -> Iterator[Change]:
         now = vars(self.owner)
         if len(now) == len(self.values) and all(map(operator.is_, now.values(), self.values)):
-            return  # the one path that is taken when all is well: it has to be quick
+            return
         for name, old in zip(self.names, self.values, strict=True):
             new = now.get(name, MISSING)
             if new is not old and self._matters(old, new):
@@ -163,7 +203,7 @@ class _Namespace:
                 if old is not MISSING and self._matters(old, now[name]):
                     yield self._change(name, now[name])
                     delattr(self.owner, name)
-        self._remember()
+        self.remember()
 
     def _matters(self, old: Any, new: Any) -> bool:
         # Of values, those of torch's own types: dtypes, layouts, the default generator.
@@ -263,18 +303,25 @@ def _reseed_numpy(_: None) -> None:
 
 
 @contextlib.contextmanager
-def guarded(what: str, packages: Iterable[str] = ()) -> Iterator[None]:
+def guarded(
+    what: str, packages: Iterable[str] = (), *, guard: Guard | None = None
+) -> Iterator[None]:
     """Inside, nothing that plugins share may change; what did is put back in any case.
 
     What is printed to standard output inside goes to standard error.
 
     Args:
         what: runs inside, for the message.
+        packages: as a `Guard` takes them.
+        guard: one that is there already, and is renewed; without it one is made of `packages`.
 
     Raises:
         PatchError: the block ended well, and something had changed.
     """
-    guard = Guard(packages)
+    if guard is None:
+        guard = Guard(packages)
+    else:
+        guard.renew()
     try:
         with stray_output.apart():
             yield

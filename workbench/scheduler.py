@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import optuna
@@ -27,6 +28,7 @@ from workbench.records import Study, Trial
 from workbench.refusals import Refusals
 from workbench.reporter import Reporter
 from workbench.rungs import STOP, Peers, Rungs, peer_of
+from workbench.sampler import LayoutSampler, View, exact_figures
 from workbench.space import Space
 from workbench.stages import first_dear_stage
 from workbench.trial import Workplace, judge_static
@@ -107,6 +109,7 @@ class Scheduler:
         self.reporter = reporter
         self.executor = executor
         self.plugins = used_plugins(self.config, place.builder)
+        self.view = View(space, partial(exact_figures, place), [o.name for o in ledger.objectives])
         self.refusals = Refusals()
         trials = Study(ledger.folder).trials()
         self.hopeless = all(trial.outcome == "infeasible" for trial in trials)  # nothing feasible
@@ -256,8 +259,10 @@ class Scheduler:
         try:
             with (
                 storage.suggesting(trial.study),
-                guarded("a placement policy or layer", self.place.builder.plugins.packages),
+                guarded("a placement policy or layer", guard=self.place.guard),
             ):
+                if isinstance(trial.study.sampler, LayoutSampler):
+                    trial.study.sampler.look(trial.study, self.view)
                 layout = self.space.suggest(trial)
         except (StorageInternalError, SQLAlchemyError, KeyboardInterrupt):
             raise

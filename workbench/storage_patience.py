@@ -5,7 +5,7 @@ is tried again, each time after asking whether the last try had gone through aft
 whose answer was lost is found, and not made twice.
 
 A suggestion would read all trials several times, and commit each parameter by itself. `together`
-reads them once and commits once.
+reads them once and commits once; `storage_trials` keeps what need not be read again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from typing import Any, TypeVar
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from optuna.storages._rdb.models import TrialSystemAttributeModel
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
 from workbench.parents import Parent
+from workbench.storage_trials import (
+    Attribute,
+    KnownTrials,
+    Param,
+    begin_trial,
+    ids_of,
+    write_trials,
+)
 
 T = TypeVar("T")
 Notice = Callable[[str], None]
@@ -91,13 +97,12 @@ class _Together:
 
     Attributes:
         trials: of the study; None as long as nobody looked.
-        params: trial id, name, internal value and distribution of each that was set.
-        attributes: trial id, key and value of each system attribute that was set.
+        params, attributes: each parameter and system attribute that was set.
     """
 
     trials: list[FrozenTrial] | None = None
-    params: list[tuple[int, str, float, BaseDistribution]] = dataclasses.field(default_factory=list)
-    attributes: list[tuple[int, str, Any]] = dataclasses.field(default_factory=list)
+    params: list[Param] = dataclasses.field(default_factory=list)
+    attributes: list[Attribute] = dataclasses.field(default_factory=list)
 
 
 class PatientStorage(BaseStorage):
@@ -114,7 +119,8 @@ class PatientStorage(BaseStorage):
         self, database: RDBStorage, patience: float, notice: Notice, parent: Parent
     ) -> None:
         self._database = database
-        self._inner = get_storage(database)  # remembers trials that are finished
+        self._inner = get_storage(database)  # remembers names and directions of studies
+        self._known: dict[int, KnownTrials] = {}  # by study
         self._together: _Together | None = None
         self._distributions: dict[str, BaseDistribution] = {}
         self._patience = patience
@@ -168,47 +174,63 @@ class PatientStorage(BaseStorage):
         finally:
             self._together = None
             if held.params or held.attributes:
-                self._do(lambda: self._write(held))
+                self._write(held)
 
     def _write(self, held: _Together) -> None:
-        # One transaction: a try before has written all of it, which is then left as it is, or none.
-        database = self._database
-        with _create_scoped_session(database.scoped_session, True) as session:
-            for trial, name, value, distribution in held.params:
-                before = self._distributions.setdefault(name, distribution)
-                database._set_trial_param_without_commit(
-                    session, trial, name, value, distribution, before
-                )
-            for trial, key, content in held.attributes:
-                database._set_trial_attr_without_commit(
-                    session, TrialSystemAttributeModel, trial, key, content
-                )
+        for _, name, _, distribution in held.params:
+            self._distributions.setdefault(name, distribution)
+        try:
+            self._do(lambda: write_trials(self._database, held.params, held.attributes))
+        except BaseException:
+            for trial in ids_of(held.params, held.attributes):
+                self._forget(trial)
+            raise
+        for known in self._known.values():
+            known.wrote(held.params, held.attributes)
+
+    def _forget(self, trial_id: int) -> None:
+        for known in self._known.values():
+            known.forget(trial_id)
+
+    def _trials_of(self, study_id: int) -> KnownTrials:
+        if study_id not in self._known:
+            self._known[study_id] = KnownTrials(self._database, study_id)
+        return self._known[study_id]
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         token = secrets.token_hex(8)
-        template = copy.deepcopy(template_trial)
-        if template is None:
-            template = create_trial(state=TrialState.RUNNING)
-            template.user_attrs.update({PARENT: self.parent.id, **self.attributes})
-        template.system_attrs[TOKEN] = token
+        known = self._trials_of(study_id)
 
         def done() -> int | None:
-            trials = self._inner.get_all_trials(study_id, deepcopy=False)
-            made = (t for t in trials if t.system_attrs.get(TOKEN) == token)
+            made = (t for t in known.read() if t.system_attrs.get(TOKEN) == token)
             return next((trial._trial_id for trial in made), None)
 
-        return self._do(lambda: self._inner.create_new_trial(study_id, template), done)
+        def make() -> int:
+            if template_trial is not None:
+                template = copy.deepcopy(template_trial)
+                template.system_attrs[TOKEN] = token
+                return self._database.create_new_trial(study_id, template)
+            user = {PARENT: self.parent.id, **self.attributes}
+            trial = begin_trial(self._database, study_id, user, {TOKEN: token})
+            known.began(trial)
+            return trial._trial_id
+
+        return self._do(make, done)
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
+        self._forget(trial_id)
+
         def done() -> bool | None:
-            trial = self._inner.get_trial(trial_id)
+            trial = self._database.get_trial(trial_id)
             told = None if values is None else list(values)
             mine = state != TrialState.RUNNING or trial.user_attrs.get(PARENT) == self.parent.id
             return True if trial.state == state and trial.values == told and mine else None
 
-        return self._do(lambda: self._inner.set_trial_state_values(trial_id, state, values), done)
+        return self._do(
+            lambda: self._database.set_trial_state_values(trial_id, state, values), done
+        )
 
     def create_new_study(
         self, directions: Sequence[StudyDirection], study_name: str | None = None
@@ -216,6 +238,7 @@ class PatientStorage(BaseStorage):
         return self._do(lambda: self._inner.create_new_study(directions, study_name))
 
     def delete_study(self, study_id: int) -> None:
+        self._known.pop(study_id, None)
         self._do(lambda: self._inner.delete_study(study_id))
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
@@ -255,35 +278,44 @@ class PatientStorage(BaseStorage):
             param = (trial_id, param_name, param_value_internal, distribution)
             self._together.params.append(param)
             return
+        self._forget(trial_id)
         # A parameter that is there already is left as it is: the same one, from a try before.
         self._do(
-            lambda: self._inner.set_trial_param(
+            lambda: self._database.set_trial_param(
                 trial_id, param_name, param_value_internal, distribution
             )
         )
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        find = self._inner.get_trial_id_from_study_id_trial_number
+        known = self._trials_of(study_id).id_of(trial_number)
+        if known is not None:
+            return known
+        find = self._database.get_trial_id_from_study_id_trial_number
         return self._do(lambda: find(study_id, trial_number))
 
     def set_trial_intermediate_value(
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
+        self._forget(trial_id)
         self._do(
-            lambda: self._inner.set_trial_intermediate_value(trial_id, step, intermediate_value)
+            lambda: self._database.set_trial_intermediate_value(trial_id, step, intermediate_value)
         )
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._do(lambda: self._inner.set_trial_user_attr(trial_id, key, value))
+        self._forget(trial_id)
+        self._do(lambda: self._database.set_trial_user_attr(trial_id, key, value))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         if self._together is not None:
             self._together.attributes.append((trial_id, key, value))
             return
-        self._do(lambda: self._inner.set_trial_system_attr(trial_id, key, value))
+        self._forget(trial_id)
+        self._do(lambda: self._database.set_trial_system_attr(trial_id, key, value))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._do(lambda: self._inner.get_trial(trial_id))
+        found = (known.get(trial_id) for known in self._known.values())
+        known = next((trial for trial in found if trial is not None), None)
+        return known or self._do(lambda: self._database.get_trial(trial_id))
 
     def get_all_trials(
         self,
@@ -292,11 +324,12 @@ class PatientStorage(BaseStorage):
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         held = self._together
-        if held is None:
-            return self._do(lambda: self._inner.get_all_trials(study_id, deepcopy, states))
-        if held.trials is None:
-            held.trials = self._do(lambda: self._inner.get_all_trials(study_id, deepcopy=False))
-        trials = [trial for trial in held.trials if states is None or trial.state in states]
+        trials = None if held is None else held.trials
+        if trials is None:
+            trials = self._do(self._trials_of(study_id).read)
+            if held is not None:
+                held.trials = trials
+        trials = [trial for trial in trials if states is None or trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
 
     def remove_session(self) -> None:

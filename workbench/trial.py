@@ -26,7 +26,7 @@ from workbench.data import DataSource
 from workbench.environment import environment
 from workbench.errors import FieldError, WorkbenchError
 from workbench.files import make_folder, replacing
-from workbench.guard import guarded
+from workbench.guard import Guard, guarded
 from workbench.kernel_caches import use_kernel_caches
 from workbench.layout import Layout
 from workbench.metric import Metric, Stage, Subject
@@ -45,7 +45,7 @@ PHASES = ("building", "measuring", "practising", "training", "evaluating", "quan
 
 
 class Workplace:
-    """What all trials of a study share in one process: metrics, data, device, kernels.
+    """What all trials of a study share in one process: metrics, data, device, kernels, a guard.
 
     The study's `[runtime.backends]` become the process's (`kernels.prefer`), and what it compiles
     is kept in the cache (`kernel_caches`).
@@ -67,6 +67,7 @@ class Workplace:
             self.metrics = make_metrics(config, builder)
             self.data = make_data(config, builder, cache_dir)
         self.threads = config.runtime.threads_on(device)
+        self.guard = Guard(builder.plugins.packages)
         self._constructed: set[tuple[str, str]] = set()  # seen to allocate nothing on meta
 
     def probe(self) -> None:
@@ -145,7 +146,7 @@ def make_data(config: StudyConfig, builder: Builder, cache_dir: Path) -> DataSou
 def judge_static(place: Workplace, layout: Layout, folder: Path) -> Verdict:
     """The static stage: figures that the layout alone yields, and its constraints."""
     verdict = Verdict()
-    guard = TrialGuard(verdict, place.builder, layout)
+    guard = TrialGuard(verdict, place.builder, layout, place.guard)
     with stray_output.apart(), guard, Recorded(verdict, folder), Timed(verdict, "static"):
         static_figures(place, layout, verdict)
     return verdict
@@ -186,7 +187,8 @@ def judge(
     """
     verdict = dataclasses.replace(begun or Verdict(), outcome="complete", reason="")
     verdict.details["environment"] = environment(place.device)
-    with TrialGuard(verdict, place.builder, layout), Recorded(verdict, folder, built=True):
+    guard = TrialGuard(verdict, place.builder, layout, place.guard)
+    with guard, Recorded(verdict, folder, built=True):
         before = sum(verdict.stage_seconds.get(stage, 0.0) for stage in RUNG_STAGES)
         _seed(place.config.seed)
         if begun is None:

@@ -12,13 +12,18 @@ from workbench.verdict import PAUSED, Verdict
 
 
 class TrialGuard:
-    """Puts back what plugins changed of what all share; a trial that did is an error."""
+    """Puts back what plugins changed of what all share; a trial that did is an error.
 
-    def __init__(self, verdict: Verdict, builder: Builder, layout: Layout) -> None:
+    Args:
+        guard: of the builder's plugins; it is renewed.
+    """
+
+    def __init__(self, verdict: Verdict, builder: Builder, layout: Layout, guard: Guard) -> None:
         self.verdict, self.builder, self.layout = verdict, builder, layout
+        self.guard = guard
 
     def __enter__(self) -> None:
-        self.guard = Guard(self.builder.plugins.packages)
+        self.guard.renew()
 
     def __exit__(self, *error: object) -> None:
         changes = self.guard.restore()

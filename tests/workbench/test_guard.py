@@ -40,6 +40,10 @@ def other(*args: Any, **kwargs: Any) -> None:
     """What patches put in the place of something."""
 
 
+def another(*args: Any, **kwargs: Any) -> None:
+    """What patches put in the place of that."""
+
+
 PATCHES: dict[str, tuple[Any, str]] = {
     "torch.nn.functional.softmax": (F, "softmax"),
     "torch.softmax": (torch, "softmax"),
@@ -94,6 +98,86 @@ def test_a_wrapped_function_is_a_patch_too() -> None:
     guard, softmax = Guard(), F.softmax
     F.softmax = torch.no_grad()(F.softmax)
     assert len(guard.restore()) == 1
+    assert F.softmax is softmax
+
+
+@pytest.mark.parametrize(("name", "place"), PATCHES.items(), ids=PATCHES.keys())
+def test_a_renewed_guard_sees_what_a_new_one_does(name: str, place: tuple[Any, str]) -> None:
+    """What changed before is nobody's fault and stays; what changes after is seen and undone."""
+    owner, attribute = place
+    had = vars(owner).get(attribute)
+    guard = Guard()
+    setattr(owner, attribute, other)
+    try:
+        for _ in range(2):
+            guard.renew()
+            assert guard.restore() == []
+            assert vars(owner)[attribute] is other
+        guard.renew()
+        setattr(owner, attribute, another)
+        (change,) = guard.restore()
+        assert change.what.startswith(f"{name} became another")
+        assert vars(owner)[attribute] is other
+    finally:
+        if had is None:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, had)
+    guard.renew()
+    assert guard.restore() == []
+
+
+def test_a_renewed_guard_watches_what_came_since(
+    strangers: types.ModuleType, vandals: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class that a plugin defines at its first use, a module that it imports then."""
+    guard = Guard([strangers.__name__, vandals.__name__])
+    exec("class Late:\n    def forward(self): return 6\n", vars(strangers))
+    late = types.ModuleType(f"{strangers.__name__}.late")
+    exec("def scan(): return 7\n", vars(late))
+    monkeypatch.setitem(sys.modules, late.__name__, late)
+    guard.renew()
+    forward, scan = strangers.Late.forward, late.scan
+    strangers.Late.forward = late.scan = vandals.scan
+    assert len(guard.restore()) == 2
+    assert (strangers.Late.forward, late.scan) == (forward, scan)
+
+
+def test_a_class_that_came_while_watched_is_watched_from_then_on(
+    strangers: types.ModuleType, vandals: types.ModuleType
+) -> None:
+    guard = Guard([strangers.__name__, vandals.__name__])
+    exec("class Later:\n    def forward(self): return 8\n", vars(strangers))
+    assert guard.restore() == []
+    strangers.Later.forward = vandals.scan
+    assert len(guard.restore()) == 1
+
+
+def test_a_renewed_guard_takes_settings_and_generators_as_they_are_now() -> None:
+    guard = Guard()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(3), random.seed(3)
+        guard.renew()
+        expected = (random.random(), float(torch.rand(())))
+        assert guard.restore() == []
+        assert torch.get_default_dtype() == torch.float64
+        assert (random.random(), float(torch.rand(()))) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_guarded_renews_the_guard_that_it_is_given() -> None:
+    guard, softmax = Guard(), F.softmax
+    F.softmax = other
+    try:
+        with guarded("it", guard=guard):
+            pass
+        assert F.softmax is other
+    finally:
+        F.softmax = softmax
+    with pytest.raises(PatchError, match=r"softmax became other"), guarded("it", guard=guard):
+        F.softmax = other
     assert F.softmax is softmax
 
 

@@ -108,7 +108,7 @@ def test_what_is_asked_for_is_trained_once_as_the_table_has_it(data, tmp_path):
     study = tmp_path / "toys.toml"
     study.write_text(TOY)
     trainings = Trainings(study, tmp_path / "runs", trainings=5)
-    names = ["TPE (multivariate, group)", "workbench"]
+    names = ["TPE (multivariate, group)", "workbench, TPE", "workbench, surrogate"]
     found = dict(histories(lambda: trainings, range(2), names, jobs=1))
     assert {len(history) for history in found[names[0]]} == {5}
     assert all(history for history in found[names[1]])
@@ -126,7 +126,7 @@ def test_a_race_compares_with_tpe(tmp_path):
     study = tmp_path / "toys.toml"
     study.write_text(TOY)
     trainings = Trainings(study, tmp_path / "runs", trainings=4)
-    names = ["random", "TPE (multivariate, group)", "workbench"]
+    names = ["random", "TPE (multivariate, group)", "workbench, TPE"]
     lines = list(race(trainings, lambda: trainings, range(2), names))
     assert len(lines) == 5
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
