@@ -20,16 +20,18 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from workbench.errors import WorkbenchError
+from workbench.errors import PatchError
+from workbench.guard import Guard, guarded
 from workbench.latency_drawing import RandomSuggester
 from workbench.layout import Layout
 from workbench.pareto import pareto_front
 from workbench.space import Space
-from workbench.surrogate import Array, features, gains, regress, table
+from workbench.surrogate import Array, farthest, features, most_hoped, table
 from workbench.trial import Workplace, static_figures
 from workbench.verdict import InfeasibleError, Verdict
 
 Exact = Callable[[Layout], Mapping[str, float] | None]
+REMEMBERED = 4096  # candidates; each is a few kilobytes, and a study may look at millions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,20 @@ class View:
         recorder = _Recorder(suggester)
         try:
             layout = self._space.suggest(recorder)
-        except WorkbenchError:  # values that do not fit together
+        except (Exception, SystemExit):  # values that do not fit together, or a plugin's fault
             return None
         if layout.hash not in self._judged:
             exact = self._exact(layout)
+            if len(self._judged) >= REMEMBERED:
+                del self._judged[next(iter(self._judged))]
             self._judged[layout.hash] = None if exact is None else self._candidate(layout, exact)
         known = self._judged[layout.hash]
         return None if known is None else dataclasses.replace(known, params=recorder.params)
+
+    def forget(self) -> None:
+        """Judge everything anew from now on."""
+        self._judged.clear()
+        self._trials.clear()
 
     def _candidate(self, layout: Layout, exact: Mapping[str, float]) -> Candidate:
         numbers = features(layout)
@@ -89,11 +98,14 @@ class View:
         return Candidate({}, layout.hash, numbers, among)
 
     def of(self, trial: FrozenTrial) -> Candidate | None:
-        """What a trial of the study tried; None if that was nothing feasible."""
+        """What a trial of the study tried; None if that was nothing feasible, or no layout yet."""
         if trial.number not in self._trials:
-            if not trial.params and trial.state == TrialState.RUNNING:
-                return None  # not suggested yet
-            self._trials[trial.number] = self.draw(Near(trial.params, 0.0, random.Random(0)))
+            if not trial.params and not trial.state.is_finished():
+                return None  # not suggested yet; one that waits has its parameters elsewhere
+            found = self.draw(Near(trial.params, 0.0, random.Random(0)))
+            if found is not None and not found.params.items() <= trial.params.items():
+                found = None  # it ended before its layout was whole, or has values of another space
+            self._trials[trial.number] = found
         return self._trials[trial.number]
 
 
@@ -108,13 +120,13 @@ def exact_figures(place: Workplace, layout: Layout) -> dict[str, float] | None:
         static_figures(place, layout, verdict)
     except InfeasibleError:
         return None
-    except Exception:
+    except (Exception, SystemExit):
         return {}
     return verdict.metrics
 
 
 class _Recorder:
-    """Keeps what a suggester answers."""
+    """Keeps what a suggester answers, floats within their bounds."""
 
     def __init__(self, suggester: Any) -> None:
         self._suggester = suggester
@@ -127,7 +139,8 @@ class _Recorder:
         return int(self._keep(name, self._suggester.suggest_int(name, low, high, **how)))
 
     def suggest_float(self, name: str, low: float, high: float, **how: Any) -> float:
-        return float(self._keep(name, self._suggester.suggest_float(name, low, high, **how)))
+        value = self._suggester.suggest_float(name, low, high, **how)
+        return float(self._keep(name, min(max(value, low), high)))  # 3 * 0.1 is more than 0.3
 
     def _keep(self, name: str, value: Any) -> Any:
         self.params[name] = value
@@ -166,7 +179,7 @@ class LayoutSampler(BaseSampler):
     """A sampler that chooses a whole layout before its parameters are asked for.
 
     Subclasses give `choose`. Where it gives None, and for a parameter that it did not choose,
-    values are random.
+    values are random. A chosen value that the space does not hold is the trial's error.
 
     Args:
         seed: of every draw.
@@ -203,8 +216,34 @@ class LayoutSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         if param_name in self._params:
-            return self._params[param_name]
+            return _held(param_distribution, param_name, self._params[param_name])
         return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _held(distribution: BaseDistribution, name: str, value: Any) -> Any:
+    """The value as the distribution has it: a number of numpy's becomes one of Python's."""
+    inside = distribution.to_internal_repr(value)
+    if not distribution._contains(inside):
+        raise ValueError(f"the sampler chose {name} = {value!r}, which is not in {distribution}")
+    return distribution.to_external_repr(inside)
+
+
+def look(study: Study, view: View, guard: Guard) -> None:
+    """Let the study's sampler choose a layout, if it is one that sees them.
+
+    What plugins change meanwhile of what all share is put back, and no trial's fault: a trial of
+    the candidate that did it shows so. What was judged until then is judged anew.
+
+    Args:
+        guard: of the study's plugins; it is renewed.
+    """
+    if not isinstance(study.sampler, LayoutSampler):
+        return
+    try:
+        with guarded("a candidate", guard=guard):
+            study.sampler.look(study, view)
+    except PatchError:
+        view.forget()
 
 
 class SurrogateSampler(LayoutSampler):
@@ -213,14 +252,16 @@ class SurrogateSampler(LayoutSampler):
     Of `candidates` layouts, half of them drawn at random and half near those on the front, the
     objectives that a layout alone tells are exact; the others are thought of by a Gaussian process
     (`surrogate.regress`), and hoped to be `optimism` standard deviations better than its mean.
-    What is being judged counts as if it ended at the mean. Positive figures go in by their
-    logarithms, so that a front is covered evenly. Layouts that were tried are no candidates.
+    What is being judged counts as if it ended at the mean; what failed or violated a constraint,
+    as if it were the worst in all that is not exact. Positive figures that are minimized go in by
+    their logarithms, so that a front is covered evenly. Layouts that were tried are no candidates.
 
     Args:
         startup: complete trials before which candidates are taken for being unlike those tried.
         candidates: layouts that are looked at for each suggestion.
         optimism: in standard deviations, at least 0.
-        known: most trials that the model is made of: the latest, and all of the front.
+        known: most trials that the model is made of: the latest, and all of the front; and as
+            many at most that failed.
 
     Raises:
         ValueError: a number out of range.
@@ -243,21 +284,18 @@ class SurrogateSampler(LayoutSampler):
 
     def choose(self, study: Study, view: View) -> Mapping[str, Any] | None:
         trials = study.get_trials(deepcopy=False)
-        tried = {c.layout_hash for trial in trials if (c := view.of(trial)) is not None}
+        tried = [(trial, one) for trial in trials if (one := view.of(trial)) is not None]
         ended = self._ended(study, view, trials)
         parents = [one.candidate.params for one in ended if one.on_front]
-        found = self._candidates(view, tried, parents)
+        found = self._candidates(view, {one.layout_hash for _, one in tried}, parents)
         if not found:
             return None
         if len(ended) < self.startup:
-            known = [one for trial in trials if (one := view.of(trial)) is not None]
-            return found[_farthest(known, found)].params
-        running = [
-            candidate
-            for trial in trials
-            if trial.state == TrialState.RUNNING and (candidate := view.of(trial)) is not None
-        ]
-        return found[_best(ended, running, found, view, study, self.optimism)].params
+            return found[_farthest([one for _, one in tried], found)].params
+        running = [one for trial, one in tried if trial.state == TrialState.RUNNING]
+        signs = dict(zip(view.objectives, _signs(study), strict=True))
+        ended += self._failed(tried, ended, signs)
+        return found[_best(ended, running, found, signs, self.optimism)].params
 
     def _ended(self, study: Study, view: View, trials: Sequence[FrozenTrial]) -> list[_Ended]:
         """The complete trials that the model is made of, those on the front marked."""
@@ -272,6 +310,24 @@ class SurrogateSampler(LayoutSampler):
             if candidate is not None and np.isfinite(points_NK[index]).all():
                 ended.append(_Ended(candidate, points_NK[index], index in front))
         return ended
+
+    def _failed(
+        self,
+        tried: Sequence[tuple[FrozenTrial, Candidate]],
+        ended: Sequence[_Ended],
+        signs: Mapping[str, float],
+    ) -> list[_Ended]:
+        """Layouts that gave no figures, or the model would be drawn to what nobody knows of."""
+        worst_K = np.max([one.point_K for one in ended], axis=0)
+        alive = (TrialState.COMPLETE, TrialState.RUNNING)  # of a later try, say
+        others = {one.layout_hash for trial, one in tried if trial.state in alive}
+        failed: dict[str, _Ended] = {}
+        for trial, one in tried:
+            if _has_failed(trial) and one.layout_hash not in others:
+                exact_K = _exact_point(one, signs)
+                point_K = np.where(np.isfinite(exact_K), exact_K, worst_K)
+                failed[one.layout_hash] = _Ended(one, point_K, on_front=False, failed=True)
+        return list(failed.values())[-self.known :]
 
     def _candidates(
         self, view: View, tried: set[str], parents: Sequence[Mapping[str, Any]]
@@ -296,52 +352,48 @@ class _Ended:
     candidate: Candidate
     point_K: Array
     on_front: bool
+    failed: bool = False
+
+
+def _has_failed(trial: FrozenTrial) -> bool:
+    """Whether a trial ended without figures; one that was stopped at a rung had some."""
+    violated = any(violation > 0 for violation in trial.constraints.values())
+    return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and violated)
+
+
+def _signs(study: Study) -> list[float]:
+    """Of each objective, what makes it one that is minimized."""
+    return [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
 
 
 def _minimized(study: Study, values: Sequence[float]) -> list[float]:
-    signs = [1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions]
-    return [sign * value for sign, value in zip(signs, values, strict=True)]
+    return [sign * value for sign, value in zip(_signs(study), values, strict=True)]
 
 
 def _farthest(known: Sequence[Candidate], found: Sequence[Candidate]) -> int:
-    """Which of the candidates is least like all known ones; of none known, like the others."""
-    x_NF = table([candidate.features for candidate in (*known, *found)])
-    new_MF, old_NF = x_NF[len(known) :], x_NF[: len(known)]
-    if not known:
-        return int(np.argmin((new_MF**2).sum(1)))
-    distances_MN = ((new_MF[:, None] - old_NF) ** 2).sum(-1)
-    return int(np.argmax(distances_MN.min(1)))
+    """Which of the candidates is least like all known ones."""
+    return farthest(table([one.features for one in (*known, *found)]), len(known))
 
 
 def _best(
     ended: Sequence[_Ended],
     running: Sequence[Candidate],
     found: Sequence[Candidate],
-    view: View,
-    study: Study,
+    signs: Mapping[str, float],
     optimism: float,
 ) -> int:
-    """Which of the candidates is hoped to add most; the least known one if none adds anything."""
-    known = len(ended)
+    """Which of the candidates to try, by `surrogate.most_hoped`."""
     others = [*running, *found]
-    x_NF = table([candidate.features for candidate in (*(e.candidate for e in ended), *others)])
-    known_NK = np.array([one.point_K for one in ended])
-    means, hopes, doubts = [], [], np.zeros(len(others))
-    for k, name in enumerate(view.objectives):
-        sign = -1.0 if study.directions[k] == StudyDirection.MAXIMIZE else 1.0
-        exact_M = sign * np.array([c.exact.get(name, np.nan) for c in others], dtype=np.float64)
-        told_M = np.isfinite(exact_M)
-        if (known_NK[:, k] > 0).all() and (exact_M[told_M] > 0).all():
-            known_NK[:, k], exact_M[told_M] = np.log(known_NK[:, k]), np.log(exact_M[told_M])
-        mean_M, deviation_M = exact_M, np.zeros(len(others))
-        if not told_M.all():
-            belief = regress(x_NF[:known], known_NK[:, k], x_NF[known:])
-            mean_M = np.where(told_M, exact_M, belief.mean)
-            deviation_M = np.where(told_M, 0.0, belief.deviation)
-        means.append(mean_M)
-        hopes.append(mean_M - optimism * deviation_M)
-        doubts += deviation_M / (known_NK[:, k].std() or 1.0)
-    first = len(running)
-    means_MK, hopes_MK = np.stack(means, 1), np.stack(hopes, 1)
-    gain_M = gains(np.vstack([known_NK, means_MK[:first]]), hopes_MK[first:])
-    return int(np.argmax(gain_M if gain_M.max() > 0 else doubts[first:]))
+    return most_hoped(
+        table([candidate.features for candidate in (*(e.candidate for e in ended), *others)]),
+        np.array([one.point_K for one in ended]),
+        np.array([_exact_point(one, signs) for one in others]),
+        judged_N=np.array([not one.failed for one in ended]),
+        running=len(running),
+        optimism=optimism,
+    )
+
+
+def _exact_point(candidate: Candidate, signs: Mapping[str, float]) -> Array:
+    """What is exact of a candidate, minimized; NaN for the other objectives."""
+    return np.array([sign * candidate.exact.get(name, np.nan) for name, sign in signs.items()])

@@ -28,7 +28,7 @@ from workbench.records import Study, Trial
 from workbench.refusals import Refusals
 from workbench.reporter import Reporter
 from workbench.rungs import STOP, Peers, Rungs, peer_of
-from workbench.sampler import LayoutSampler, View, exact_figures
+from workbench.sampler import View, exact_figures, look
 from workbench.space import Space
 from workbench.stages import first_dear_stage
 from workbench.trial import Workplace, judge_static
@@ -257,13 +257,10 @@ class Scheduler:
         trial, record = flight.trial, flight.record
         folder = self.ledger.path(trial.number)
         try:
-            with (
-                storage.suggesting(trial.study),
-                guarded("a placement policy or layer", guard=self.place.guard),
-            ):
-                if isinstance(trial.study.sampler, LayoutSampler):
-                    trial.study.sampler.look(trial.study, self.view)
-                layout = self.space.suggest(trial)
+            with storage.suggesting(trial.study):
+                look(trial.study, self.view, self.place.guard)
+                with guarded("a placement policy or layer", guard=self.place.guard):
+                    layout = self.space.suggest(trial)
         except (StorageInternalError, SQLAlchemyError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a policy or layer of a plugin may raise anything

@@ -5,7 +5,8 @@ features of the layout (`features`), a linear kernel and a squared-exponential o
 length and noise are chosen by marginal likelihood among a few (Rasmussen and Williams, "Gaussian
 Processes for Machine Learning", 2006, algorithm 2.1). numpy alone.
 
-Legend for shapes: N layouts that are known, M that are not, F features, K objectives.
+Legend for shapes: N layouts that are known, M that are not, A all, F features, K objectives,
+P points on a front.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,35 +30,51 @@ Array = NDArray[np.float64]
 LENGTHS = (0.4, 0.7, 1.2, 2.0)
 NOISES = (0.01, 0.05, 0.2)
 LINEAR = (0.0, 0.3, 0.6, 0.9)  # share of the linear kernel
+CHOSEN_BY = 150  # layouts at most, evenly out of all, whose likelihood chooses the kernel
 MARGIN = 0.1  # of the front's extent, by which the reference point lies behind it
 
 
 def features(layout: Layout) -> dict[str, float]:
     """Numbers that say what a layout is made of: what any space has, whatever its plugins.
 
-    Sizes; of each kind of layer its count, where in the depth it stands (mean, first and last, as
-    shares) and the means of its Config's numbers; of each quantizer its share of the blocks.
+    Sizes; of each kind of layer its count and where in the depth it stands (mean, first and last,
+    as shares); of each quantizer its share of the blocks; of both the means of their Config's
+    numbers, and how often its other fields have which value, as a share.
     """
     found: dict[str, float] = {
         "d_model": math.log(layout.d_model),
         "blocks": float(len(layout.blocks)),
     }
     places: dict[str, list[float]] = defaultdict(list)
-    numbers: dict[str, list[float]] = defaultdict(list)
+    configs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for index, block in enumerate(layout.blocks):
         places[block.layer].append((index + 0.5) / len(layout.blocks))
-        for name, value in block.config.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                numbers[f"{block.layer}.{name}"].append(float(value))
-        quantizer = f"quantizer.{block.quantizer}"
+        configs[block.layer].append(block.config)
+        quantizer = "quantizer.none"
+        if block.quantizer is not None:
+            quantizer = f"quantizer.{block.quantizer.name}"
+            configs[quantizer].append(block.quantizer.config)
         found[quantizer] = found.get(quantizer, 0.0) + 1 / len(layout.blocks)
     for name, shares in places.items():
         found[f"{name}.count"] = float(len(shares))
         found[f"{name}.mean"] = sum(shares) / len(shares)
         found[f"{name}.first"], found[f"{name}.last"] = shares[0], shares[-1]
-    for name, values in numbers.items():
-        found[name] = sum(values) / len(values)
+    for owner, alike in configs.items():
+        found.update({f"{owner}.{name}": mean for name, mean in _means(alike).items()})
     return found
+
+
+def _means(configs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of each number its mean, of each other value the share of the configs that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    shares: dict[str, float] = defaultdict(float)
+    for config in configs:
+        for name, value in config.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                values[name].append(float(value))
+            else:
+                shares[f"{name}={value}"] += 1 / len(configs)
+    return {name: sum(found) / len(found) for name, found in values.items()} | shares
 
 
 def table(rows: Sequence[Mapping[str, float]]) -> Array:
@@ -91,10 +109,12 @@ def regress(x_NF: Array, y_N: Array, x_MF: Array) -> Belief:
     kernels = (
         (Kernel(length * math.sqrt(width), share), noise) for length, share, noise in choices
     )
-    best = max(
-        (_Fit.of(x_NF, z_N, kernel, noise) for kernel, noise in kernels),
+    some = slice(None, None, -(-len(z_N) // CHOSEN_BY))  # a fit's time grows with its cube
+    likeliest = max(
+        (_Fit.of(x_NF[some], z_N[some], kernel, noise) for kernel, noise in kernels),
         key=lambda fit: fit.likelihood,
     )
+    best = _Fit.of(x_NF, z_N, likeliest.kernel, likeliest.noise)
     cross_MN = best.kernel(x_MF, x_NF)
     half_NM = np.linalg.solve(best.factor_NN, cross_MN.T)
     variance_M = np.maximum(best.kernel.itself(x_MF) - (half_NM**2).sum(0), 1e-9)
@@ -124,6 +144,7 @@ class Kernel:
 @dataclasses.dataclass(frozen=True)
 class _Fit:
     kernel: Kernel
+    noise: float
     factor_NN: Array  # lower triangular
     weights_N: Array
     likelihood: float
@@ -134,7 +155,7 @@ class _Fit:
         factor_NN: Array = np.linalg.cholesky(kernel_NN).astype(np.float64)
         weights_N = np.linalg.solve(factor_NN.T, np.linalg.solve(factor_NN, z_N))
         determinant = float(np.log(np.diag(factor_NN)).sum())
-        return cls(kernel, factor_NN, weights_N, float(-0.5 * z_N @ weights_N) - determinant)
+        return cls(kernel, noise, factor_NN, weights_N, float(-0.5 * z_N @ weights_N) - determinant)
 
 
 def gains(known_NK: Array, hoped_MK: Array) -> Array:
@@ -147,8 +168,59 @@ def gains(known_NK: Array, hoped_MK: Array) -> Array:
     low_K, high_K = front_PK.min(0), front_PK.max(0)
     whole_K = np.ptp(np.vstack([known_NK, hoped_MK]), axis=0)
     span_K = np.where(high_K > low_K, high_K - low_K, np.where(whole_K > 0, whole_K, 1.0))
-    front = ((front_PK - low_K) / span_K).tolist()
+    front_PK = (front_PK - low_K) / span_K
     reference = [1.0 + MARGIN] * known_NK.shape[1]
-    base = hypervolume(front, reference)
-    hoped = ((hoped_MK - low_K) / span_K).tolist()
-    return np.array([hypervolume([*front, point], reference) - base for point in hoped])
+    found = []
+    for point_K in (hoped_MK - low_K) / span_K:
+        # A point's box, less what the front has of it already: little is left of a large front.
+        shared_PK = np.unique(np.maximum(front_PK, point_K), axis=0)
+        box, taken = point_K[None].tolist(), shared_PK.tolist()
+        found.append(hypervolume(box, reference) - hypervolume(taken, reference))
+    return np.array(found)
+
+
+def farthest(x_AF: Array, known: int) -> int:
+    """Which of the others is least like all known ones; of none known, most like the others.
+
+    Args:
+        x_AF: features of all layouts, of which the first `known` are known.
+    """
+    x_NF, x_MF = x_AF[:known], x_AF[known:]
+    if not known:
+        return int(np.argmin((x_MF**2).sum(1)))
+    return int(np.argmax(((x_MF[:, None] - x_NF) ** 2).sum(-1).min(1)))
+
+
+def most_hoped(
+    x_AF: Array, known_NK: Array, exact_MK: Array, *, judged_N: Array, running: int, optimism: float
+) -> int:
+    """Which layout is hoped to add most to the front; the least known one if none adds anything.
+
+    Args:
+        x_AF: features of all N + M layouts, the known ones first.
+        known_NK: their figures, minimized.
+        exact_MK: those of the others, NaN where they are to be predicted.
+        judged_N: which known ones really have these figures: the others only teach the model.
+        running: how many of the others, the first, are being judged.
+        optimism: standard deviations by which a layout may be better than is predicted.
+
+    Returns:
+        Its place among the others that are not being judged.
+    """
+    known_NK, means_MK = known_NK.copy(), exact_MK.copy()
+    hopes_MK, doubts_M = exact_MK.copy(), np.zeros(len(exact_MK))
+    for k in range(known_NK.shape[1]):
+        known_N, mean_M = known_NK[:, k], means_MK[:, k]
+        told_M = np.isfinite(mean_M)
+        if (known_N > 0).all() and (mean_M[told_M] > 0).all():
+            known_N[:], mean_M[told_M] = np.log(known_N), np.log(mean_M[told_M])
+        deviation_M = np.zeros(len(mean_M))
+        if not told_M.all():
+            belief = regress(x_AF[: len(known_N)], known_N, x_AF[len(known_N) :])
+            mean_M[:] = np.where(told_M, mean_M, belief.mean)
+            deviation_M = np.where(told_M, 0.0, belief.deviation)
+        hopes_MK[:, k] = mean_M - optimism * deviation_M
+        doubts_M += deviation_M / (known_N.std() or 1.0)
+    judged_NK = known_NK[judged_N.astype(bool)]
+    gain_M = gains(np.vstack([judged_NK, means_MK[:running]]), hopes_MK[running:])
+    return int(np.argmax(gain_M if gain_M.max() > 0 else doubts_M[running:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import sys
@@ -89,6 +90,26 @@ def test_packages_are_seen_whose_functions_are_called(
         call()
     assert package in packages - before
     assert sys.getprofile() is None
+
+
+def test_what_a_collection_of_garbage_calls_is_not_seen() -> None:
+    """Whatever this process did before may have left a finalizer, or listens to collections."""
+
+    def listener(phase: str, info: dict[str, int]) -> None:
+        json.dumps(phase)
+
+    gc.callbacks.append(listener)
+    thresholds = gc.get_threshold()
+    try:
+        with watched() as packages:
+            gc.set_threshold(1)
+            kept = [[number] for number in range(1000)]
+        assert len(kept) == 1000
+        assert "json" not in packages
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(listener)
 
 
 BAD = {

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 
 from tests.workbench.conftest import make_config
+from workbench import sampler as samplers
 from workbench.builder import default_builder
 from workbench.errors import FieldError
 from workbench.layout import Layout
@@ -158,3 +162,140 @@ def test_a_sampler_of_ones_own_is_shown_the_space(study_data, runs, tmp_path, mo
     assert layouts
     assert all(layout["d_model"] == 8 for layout in layouts)
     assert issubclass(SurrogateSampler, LayoutSampler)
+
+
+class Chosen(LayoutSampler):
+    """Suggests what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.params: dict[str, object] = {}
+
+    def choose(self, study, view):
+        return self.params
+
+
+def test_a_trial_that_waits_has_no_layout_yet(space):
+    """A retry waits in the queue without parameters: it must not be taken for anything."""
+    study = optuna.create_study()
+    study.enqueue_trial({"d_model": 8, "num_layers": 1})
+    view = View(space, lambda layout: {}, ("loss",))
+    assert view.of(study.get_trials()[0]) is None
+    trial = study.ask()
+    layout = space.suggest(trial)
+    study.tell(trial, 1.0)
+    assert view.of(study.get_trials()[0]).layout_hash == layout.hash
+
+
+def test_a_trial_that_ended_amid_its_suggestion_has_no_layout(space):
+    study = optuna.create_study()
+    study.enqueue_trial({"d_model": 8})
+    trial = study.ask()
+    trial.suggest_categorical("d_model", [8, 12, 16])
+    study.tell(trial, state=TrialState.FAIL)
+    view = View(space, lambda layout: {}, ("loss",))
+    assert view.of(study.get_trials()[0]) is None
+
+
+def test_floats_with_a_step_stay_within_their_bounds(study_data):
+    """0.1 * 3 is more than 0.3, which Optuna would not take back."""
+    gain = {"low": 0.0, "high": 0.3, "step": 0.1}
+    config = make_config(study_data, **{"space.layers": {"toy": {"gain": gain}}})
+    space = Space(config.space, default_builder(config.plugin_dirs), 64)
+    view, dice = View(space, lambda layout: {}, ("loss",)), random.Random(0)
+    params = [view.draw(samplers.RandomSuggester(dice)).params for _ in range(40)]
+    gains = {found["toy.gain"] for found in params if "toy.gain" in found}
+    assert len(gains) == 4
+    assert all(FloatDistribution(**gain)._contains(value) for value in gains)
+
+
+def test_numbers_of_numpys_become_pythons_and_strange_ones_are_refused(space):
+    sampler = Chosen()
+    study = optuna.create_study(sampler=sampler)
+    view = View(space, lambda layout: {}, ("loss",))
+    sampler.params = {"d_model": np.int64(12), "x": np.float32(0.5)}
+    sampler.look(study, view)
+    trial = study.ask()
+    assert type(space.suggest(trial).d_model) is int
+    assert type(trial.suggest_float("x", 0.0, 1.0)) is float
+    sampler.params = {"n": 9}
+    sampler.look(study, view)
+    with pytest.raises(ValueError, match="n = 9"):
+        study.ask().suggest_int("n", 1, 8)
+
+
+def test_what_was_judged_is_not_kept_for_ever(space, monkeypatch):
+    monkeypatch.setattr(samplers, "REMEMBERED", 5)
+    view, dice = View(space, sizes, ("width", "depth")), random.Random(0)
+    hashes = {view.draw(samplers.RandomSuggester(dice)).layout_hash for _ in range(60)}
+    assert len(hashes) > 10
+    assert len(view._judged) == 5
+
+
+def test_what_fails_is_not_sought(study_data):
+    """Nobody knows more of it after a failure; a model of what ended alone would be drawn there."""
+    table = {"d_model": {"low": 8, "high": 256, "step": 8}, "num_layers": [1, 2, 3, 4]}
+    config = make_config(study_data, **{f"space.{name}": value for name, value in table.items()})
+    space = Space(config.space, default_builder(config.plugin_dirs), 64)
+    sampler = SurrogateSampler(0, candidates=32)
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    view, failed = View(space, lambda layout: {}, ("loss", "size")), []
+    for _ in range(40):
+        trial = study.ask()
+        sampler.look(study, view)
+        layout = space.suggest(trial)
+        size = float(layout.d_model * len(layout.blocks))
+        failed.append(layout.blocks[0].layer == "other")
+        if failed[-1]:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, (size**-0.3, size))
+    assert sum(failed[:10]) > 0
+    assert sum(failed[20:]) <= 3
+
+
+FAULTY = """
+import torch
+from tests.workbench.toy_plugins.toys import Alternate, Toy
+from workbench import hookimpl
+class Raising(Alternate):
+    @classmethod
+    def place(cls, num_layers, mixers, config):
+        if num_layers == 2:
+            raise {raised}
+        return Alternate.place(num_layers, mixers, config)
+class Patching(Toy):
+    glyph = "P"
+    def __init__(self, d_model, config, **factory):
+        super().__init__(d_model, config, **factory)
+        torch.relu = abs
+@hookimpl
+def register_layers(register):
+    register("patching", Patching)
+@hookimpl
+def register_placements(register):
+    register("raising", Raising)
+"""
+
+
+@pytest.mark.parametrize("raised", ["ValueError", "SystemExit"])
+def test_a_policy_that_raises_is_the_fault_of_no_other_trial(study_data, runs, tmp_path, raised):
+    (tmp_path / "faulty_plugin.py").write_text(FAULTY.format(raised=raised))
+    study_data["plugin_dirs"].append(str(tmp_path))
+    study_data["space"]["placements"] = ["alternate", "raising"]
+    table = {"class": SURROGATE, "startup": 2}
+    run_study(make_config(study_data, sampler=table), runs)
+    assert [trial.outcome for trial in Study(runs / "toys").trials()] == ["complete"] * 4
+
+
+def test_a_layer_that_patches_is_the_fault_of_its_own_trials(study_data, runs, tmp_path):
+    (tmp_path / "faulty_plugin.py").write_text(FAULTY.format(raised="ValueError"))
+    study_data["plugin_dirs"].append(str(tmp_path))
+    study_data["space"]["mixers"] = ["toy", "patching"]
+    table = {"class": SURROGATE, "startup": 2}
+    run_study(make_config(study_data, sampler=table, **{"budget.trials": 8}), runs)
+    trials = Study(runs / "toys").trials()
+    for trial in trials:
+        patches = any(block.layer == "patching" for block in trial.layout.blocks)
+        assert trial.outcome == ("error" if patches else "complete"), trial.reason
+    assert {trial.outcome for trial in trials} == {"error", "complete"}

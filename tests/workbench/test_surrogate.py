@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 
 from workbench.layout import Block, Layout, Named
-from workbench.surrogate import LENGTHS, LINEAR, MARGIN, NOISES, features, gains, regress, table
+from workbench.surrogate import (
+    LENGTHS,
+    LINEAR,
+    MARGIN,
+    NOISES,
+    features,
+    gains,
+    most_hoped,
+    regress,
+    table,
+)
 
 
 def layout(*layers: str, **changes) -> Layout:
@@ -111,6 +122,48 @@ def test_features_tell_order_kind_size_and_quantizer_apart():
     assert features(plain) == features(layout("mamba", "attention", "mamba"))
     for other in others:
         assert features(other) != features(plain)
+
+
+def test_features_are_of_names_and_numbers():
+    """A number of a quantizer's is one feature, not one a value; what is no number is a share."""
+    blocks = (
+        Block(
+            layer="mlp", config={"gate": "relu"}, quantizer=Named(name="int8", config={"group": 32})
+        ),
+        Block(
+            layer="mlp", config={"gate": "silu"}, quantizer=Named(name="int8", config={"group": 64})
+        ),
+        Block(layer="mlp", config={"gate": "silu"}),
+    )
+    found = features(Layout(d_model=32, vocab_size=64, blocks=blocks))
+    assert found["quantizer.int8"] == pytest.approx(2 / 3)
+    assert found["quantizer.none"] == pytest.approx(1 / 3)
+    assert found["quantizer.int8.group"] == 48.0
+    assert found["mlp.gate=relu"] == pytest.approx(1 / 3)
+    assert found["mlp.gate=silu"] == pytest.approx(2 / 3)
+
+
+def test_gains_over_a_large_front_of_many_objectives_take_no_time():
+    """Whole hypervolumes of such a front take a minute for these points."""
+    dice = np.random.default_rng(0)
+    known = np.abs(dice.normal(size=(150, 4)))
+    known = 1 - known / np.linalg.norm(known, axis=1, keepdims=True)  # none dominates another
+    hoped = known[:64] - 0.01
+    started = time.process_time()
+    assert (gains(known, hoped) > 0).any()
+    assert time.process_time() - started < 5
+
+
+def test_what_is_only_learnt_from_is_on_no_front():
+    """A known figure that was made up teaches the model, but nothing has to beat it."""
+    x_AF = np.array([[0.0], [1.0], [2.0], [0.5]])
+    known_NK = np.array([[2.0, 2.0], [1.0, 1.0]])
+    exact_MK = np.array([[3.0, 3.0], [1.5, 1.5]])
+    for judged, best in (([True, True], 0), ([True, False], 1)):
+        found = most_hoped(
+            x_AF, known_NK, exact_MK, judged_N=np.array(judged), running=0, optimism=1.0
+        )
+        assert found == best
 
 
 def test_tables_are_standardized_and_drop_what_never_varies():
