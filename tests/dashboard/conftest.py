@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def zoo(runs: Path) -> Path:
 
 
 @pytest.fixture
-def open_page() -> Open:
+def open_page(monkeypatch: pytest.MonkeyPatch) -> Open:
     """Opens `app.py` at a page with query parameters, and expects no exception."""
+    # Streamlit leaves its script as the main module, which later tests' processes would run.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
     def open_page(page: str = "studies", **query: str) -> AppTest:
         app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
