@@ -11,8 +11,8 @@ same on a space too large for a table: a layout is trained when a searcher first
 
 Random search, NSGA-II and TPE are Optuna's alone: every suggestion that can be built is trained to
 the end, known or not. `workbench` is the study's own loop (`scheduler.py`, on a storage of its own)
-with an executor that looks figures up: known layouts are not trained again, and rungs stop
-trainings. `workbench, no rungs` is the same without them.
+with the named sampler and an executor that looks figures up: known layouts are not trained again,
+and rungs stop trainings but in the rows that say `no rungs`.
 
 Regret is 1 minus the found share of the true front's hypervolume (`workbench/regret.py`). With
 `--train` nobody knows the true front; the front of all that any searcher trained stands for it,

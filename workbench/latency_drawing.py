@@ -32,10 +32,12 @@ class RandomSuggester:
         self, name: str, low: float, high: float, *, step: float | None, log: bool
     ) -> float:
         if log:
-            return math.exp(self.dice.uniform(math.log(low), math.log(high)))
-        if step is None:
-            return self.dice.uniform(low, high)
-        return low + step * self.dice.randrange(math.floor((high - low) / step + 1e-9) + 1)
+            value = math.exp(self.dice.uniform(math.log(low), math.log(high)))
+        elif step is None:
+            value = self.dice.uniform(low, high)
+        else:
+            value = low + step * self.dice.randrange(math.floor((high - low) / step + 1e-9) + 1)
+        return min(max(value, low), high)  # 3 * 0.1 is more than 0.3
 
 
 def draw_layouts(

@@ -126,7 +126,7 @@ def exact_figures(place: Workplace, layout: Layout) -> dict[str, float] | None:
 
 
 class _Recorder:
-    """Keeps what a suggester answers, floats within their bounds."""
+    """Keeps what a suggester answers."""
 
     def __init__(self, suggester: Any) -> None:
         self._suggester = suggester
@@ -139,8 +139,7 @@ class _Recorder:
         return int(self._keep(name, self._suggester.suggest_int(name, low, high, **how)))
 
     def suggest_float(self, name: str, low: float, high: float, **how: Any) -> float:
-        value = self._suggester.suggest_float(name, low, high, **how)
-        return float(self._keep(name, min(max(value, low), high)))  # 3 * 0.1 is more than 0.3
+        return float(self._keep(name, self._suggester.suggest_float(name, low, high, **how)))
 
     def _keep(self, name: str, value: Any) -> Any:
         self.params[name] = value
