@@ -31,7 +31,7 @@ from workbench.data import Batch, DataSource
 from workbench.evaluation import evaluate
 from workbench.layout import Block, Layout
 from workbench.model import HybridLM
-from workbench.sharded_launch import started
+from workbench.sharded_launch import leave, started
 from workbench.sharded_model import gathered, local, rows, tensors_of
 from workbench.sharded_optimizers import ShardedMuon, ShardedParameters
 from workbench.sharded_processes import Processes
@@ -296,6 +296,7 @@ def main() -> None:
             found[name] = check()
         found["commands"] = commands(folder)
         (folder / f"found{team.processes.rank}.json").write_text(json.dumps(found, indent=1))
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,39 @@ def test_a_parameter_without_rows_is_named() -> None:
         shard(model, mesh=None)  # type: ignore[arg-type]
 
 
+LEAVING = """
+import atexit
+import workbench.cli.app
+from workbench.cli import main
+
+class Tensor:  # of a thread that lets go of it while Python clears up
+    def __del__(self):
+        print("too late")
+
+tensor = Tensor()
+atexit.register(print, "at exit")
+workbench.cli.app.run_app = lambda: print("ran") or 2
+main()
+"""
+
+
+@pytest.mark.parametrize(("count", "late"), [("2", []), (None, ["too late"])])
+def test_a_process_of_a_launcher_leaves_before_python_clears_up(
+    count: str | None, late: list[str]
+) -> None:
+    """Or gloo's threads, which outlive their group, now and then end it with SIGABRT."""
+    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING],
+        env=environment | ({"WORLD_SIZE": count} if count else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["ran", "at exit", *late]
+    assert (done.returncode, done.stderr) == (2, "")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes of `accelerate launch` left: one launch for all tests below."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import sys
 
 from workbench.cli import interrupts
@@ -19,4 +20,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without – and ─ gets question marks
     from workbench.cli.app import run_app
 
-    raise SystemExit(run_app())
+    status = run_app()
+    if "WORLD_SIZE" in os.environ:
+        from workbench.sharded_launch import leave
+
+        leave(status)
+    raise SystemExit(status)
