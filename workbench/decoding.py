@@ -18,7 +18,7 @@ from workbench.compilation import compiled_blocks
 from workbench.errors import WorkbenchError
 from workbench.generation import SamplingConfig, sample
 from workbench.layer import State
-from workbench.linear_step import MAX_ROWS, few_rows, residual_add
+from workbench.linear_step import MAX_ROWS, few_rows, fusion
 from workbench.model import HybridLM
 
 WARMUP = 3  # calls before the capture: kernels are compiled and tuned in them
@@ -260,7 +260,7 @@ def _fast_steps(model: HybridLM, batch_size: int) -> Iterator[None]:
     """Compile a model's steps, and its linears for few rows where they are few."""
     options: dict[str, Any] = {}
     if batch_size <= MAX_ROWS:
-        options["post_grad_custom_post_pass"] = residual_add()
+        options["post_grad_custom_post_pass"] = fusion()
     with few_rows(model, batch_size), compiled_blocks(model, "step", **options):
         yield
 

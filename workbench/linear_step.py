@@ -1,8 +1,9 @@
-"""Linear layers of a decode step on few rows: read at the memory's speed, the residual added.
+"""Linear layers of a decode step on few rows: norm, matrix and residual in one kernel.
 
 A matrix times a handful of vectors is bound by reading the matrix, and at the sizes of small models
 by the launch: a matrix product's kernels are made for other things. `few_rows` puts one kernel in
-their place, in whatever layer, and `ResidualAdd` lets compiled blocks add the residual in it.
+their place, in whatever layer, and `fusion` lets compiled blocks norm its input and add the
+residual in it.
 
 Shape suffixes: B rows, D inputs, N outputs.
 """
@@ -10,6 +11,7 @@ Shape suffixes: B rows, D inputs, N outputs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,28 +19,60 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from workbench.kernels import TORCH, Backend, Operation, choose, constant
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_ROWS = 4  # with more, the rows are what takes time, and a matrix product's kernels win
 MAX_INPUTS = 8192  # the kernel is unrolled along them
+MAX_NORMED = 4096  # inputs that a program of the kernel holds at once
 PROBE_TOLERANCE = 0.01
+_aten = torch.ops.aten
+VIEWS = (_aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim)
 
 
 @torch.library.custom_op("workbench::linear_step", mutates_args=())
 def linear_step(
-    x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, residual_BN: Tensor | None
+    x_BD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    residual_BN: Tensor | None,
+    norm_D: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    """`x @ weight.T + bias + residual`, `[B, N]`, rounded once; for CUDA."""
+    """`norm(x) @ weight.T + bias + residual`, `[B, N]`, rounded once; for CUDA.
+
+    Args:
+        weight_ND, bias_N, norm_D: parameters: the kernel ahead on the stream must not write them.
+        norm_D: weights of an RMSNorm of x, or None for x itself.
+    """
     from workbench.triton_linear_step import linear_step as kernel
 
-    return kernel(x_BD, weight_ND, bias_N, residual_BN)
+    return kernel(x_BD, weight_ND, bias_N, residual_BN, norm_D, eps)
 
 
 @linear_step.register_fake
-def _(x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, residual_BN: Tensor | None) -> Tensor:
+def _(
+    x_BD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    residual_BN: Tensor | None,
+    norm_D: Tensor | None,
+    eps: float,
+) -> Tensor:
     return x_BD.new_empty((x_BD.shape[0], weight_ND.shape[0]))
+
+
+@torch.library.custom_op("workbench::norm_step", mutates_args=())
+def norm_step(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm of rows, `[B, D]`: a mark for `fuse_norms`, which leaves none of them."""
+    return F.rms_norm(x_BD, weight_D.shape, weight_D, eps)
+
+
+@norm_step.register_fake
+def _(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x_BD)
 
 
 @constant
@@ -55,8 +89,21 @@ class FewRows(nn.Linear):
         rows = input.numel() // self.in_features
         if input.dtype != self.weight.dtype or not 1 <= rows <= MAX_ROWS:
             return super().forward(input)
-        y_BN: Tensor = linear_step(input.reshape(rows, -1), self.weight, self.bias, None)
-        return y_BN.view(*input.shape[:-1], self.out_features)
+        x_BD = input if input.ndim == 2 else input.reshape(rows, -1)
+        y_BN: Tensor = linear_step(x_BD, self.weight, self.bias, None, None, 0.0)
+        return y_BN if input.ndim == 2 else y_BN.view(*input.shape[:-1], self.out_features)
+
+
+class FewRowsNorm(nn.RMSNorm):
+    """What an RMSNorm that half-precision rows pass is inside of `few_rows`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Only a compiled block can take the norm into a linear.
+        if x.ndim != 2 or x.dtype != self.weight.dtype or not torch.compiler.is_compiling():
+            return super().forward(x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        y_BD: Tensor = norm_step(x, self.weight, eps)
+        return y_BD
 
 
 @contextmanager
@@ -68,38 +115,95 @@ def few_rows(model: nn.Module, rows: int) -> Iterator[None]:
     Args:
         rows: sequences of a step; with more than `MAX_ROWS` nothing changes.
     """
-    swapped = [linear for linear in model.modules() if rows <= MAX_ROWS and _is_able(linear)]
-    for linear in swapped:
-        linear.__class__ = FewRows
+    swapped: list[nn.Module] = []
+    for module in model.modules() if rows <= MAX_ROWS else ():
+        if kind := _few_rows_kind(module):
+            swapped.append(module)
+            module.__class__ = kind
     try:
         yield
     finally:
-        for linear in swapped:
-            linear.__class__ = nn.Linear
+        for module in swapped:
+            module.__class__ = KINDS[type(module)]
 
 
-def _is_able(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if "forward" in vars(module) or not module.weight.is_contiguous():
-        return False
+KINDS: dict[type[nn.Module], type[nn.Module]] = {FewRows: nn.Linear, FewRowsNorm: nn.RMSNorm}
+
+
+def _few_rows_kind(module: nn.Module) -> type[nn.Module] | None:
+    """What a module becomes inside of `few_rows`; None for what it is."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    if type(module) is nn.Linear:
+        inputs, able = module.in_features, module.weight.is_contiguous()
+    elif type(module) is nn.RMSNorm and module.weight is not None:
+        inputs, able = module.weight.numel(), module.weight.numel() <= MAX_NORMED
+        able = able and module.weight.ndim == 1
+    else:
+        return None
     weight = module.weight
-    return linear_step_backend(weight.device.type, weight.dtype, module.in_features) != TORCH
+    if not able or linear_step_backend(weight.device.type, weight.dtype, inputs) == TORCH:
+        return None
+    return FewRows if type(module) is nn.Linear else FewRowsNorm
 
 
-def residual_add() -> Any:
-    """A pass of torch.compile's inductor: `residual + linear_step(x, ...)` becomes one kernel."""
+def fusion() -> Any:
+    """A pass of torch.compile's inductor: norm, linear and residual of few rows become one."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class ResidualAdd(CustomGraphPass):
+    class Fusion(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
+            fuse_norms(graph)
             fuse_residuals(graph)
 
         def uuid(self) -> Any:
             """What cached compilations depend on."""
             return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
-    return ResidualAdd()
+    return Fusion()
+
+
+def fuse_norms(graph: fx.Graph) -> None:
+    """Let linears norm their inputs themselves; a norm that others read, too, is torch's again."""
+    for linear in graph.find_nodes(
+        op="call_function", target=torch.ops.workbench.linear_step.default
+    ):
+        norm = _unviewed(linear.args[0])
+        if norm.target is torch.ops.workbench.norm_step.default and linear.args[4] is None:
+            x, weight, eps = norm.args
+            linear.args = (x, *linear.args[1:4], weight, eps)
+    graph.eliminate_dead_code()  # views
+    for norm in graph.find_nodes(op="call_function", target=torch.ops.workbench.norm_step.default):
+        with graph.inserting_before(norm):
+            norm.replace_all_uses_with(_plain_norm(graph, norm))
+        graph.erase_node(norm)
+
+
+def _unviewed(rows: Any) -> fx.Node:
+    """The node with the rows `[B, D]` that these are a view of, in the same shape."""
+    node = rows
+    while node.target in VIEWS:
+        node = node.args[0]
+    return node if node.meta["val"].shape == rows.meta["val"].shape else rows  # type: ignore[no-any-return]
+
+
+def _plain_norm(graph: fx.Graph, norm: fx.Node) -> fx.Node:
+    """An RMSNorm in torch's own operators, as inductor knows how to fuse them with others."""
+    x, weight, eps = norm.args
+    aten, to = torch.ops.aten, torch.ops.prims.convert_element_type.default
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
+        with norm.meta["val"].fake_mode:
+            node.meta["val"] = target(*values)
+        return node
+
+    x32, weight32 = call(to, x, torch.float32), call(to, weight, torch.float32)
+    mean = call(aten.mean.dim, call(aten.mul.Tensor, x32, x32), [-1], True)
+    scale = call(aten.rsqrt.default, call(aten.add.Tensor, mean, eps))
+    normed = call(aten.mul.Tensor, call(aten.mul.Tensor, x32, scale), weight32)
+    return call(to, normed, norm.meta["val"].dtype)
 
 
 def fuse_residuals(graph: fx.Graph) -> None:
@@ -122,7 +226,8 @@ def _take_in(graph: fx.Graph, linear: fx.Node, add: fx.Node) -> None:
     if (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
         return
     with graph.inserting_before(add):
-        fused = graph.call_function(linear.target, (*linear.args[:3], residual))  # type: ignore[arg-type]
+        arguments = (*linear.args[:3], residual, *linear.args[4:])
+        fused = graph.call_function(linear.target, arguments)  # type: ignore[arg-type]
     fused.meta.update(add.meta)
     add.replace_all_uses_with(fused)
     graph.erase_node(add)
@@ -136,12 +241,16 @@ def _probe() -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", generator=generator).bfloat16()
 
-    for rows, inputs, outputs in ((1, 512, 6), (3, 776, 33), (4, 64, 9000)):
+    for rows, inputs, outputs in ((1, 512, 6), (3, 776, 33), (4, 64, 9000), (2, 5000, 40)):
         x_BD, weight_ND, bias_N = random(rows, inputs), random(outputs, inputs), random(outputs)
-        for residual_BN in (None, random(rows, outputs)):
-            wanted = x_BD.float() @ weight_ND.float().t() + bias_N.float()
+        norms = (None, random(inputs)) if inputs <= MAX_NORMED else (None,)
+        for residual_BN, norm_D in itertools.product((None, random(rows, outputs)), norms):
+            normed_BD = x_BD.float()
+            if norm_D is not None:
+                normed_BD = F.rms_norm(normed_BD, norm_D.shape, norm_D.float(), 1e-5)
+            wanted = normed_BD @ weight_ND.float().t() + bias_N.float()
             wanted += 0.0 if residual_BN is None else residual_BN.float()
-            found = linear_step(x_BD, weight_ND, bias_N, residual_BN)
+            found = linear_step(x_BD, weight_ND, bias_N, residual_BN, norm_D, 1e-5)
             error = float((found.float() - wanted).norm() / wanted.norm())
             if not error < PROBE_TOLERANCE:
                 raise RuntimeError(f"the kernel is off by {error:.1%} of torch's result")

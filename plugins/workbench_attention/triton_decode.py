@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench.triton_launch import let_next_start, may_overlap, wait_for_previous
+
 PROGRAMS = 264  # that together keep an H200's 132 SMs busy reading
 MAX_SPLITS = 64
 LOG2E = 1.4426950408889634
@@ -49,19 +51,23 @@ def decode_attention(
         part_BHSP = q_BHP.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
         stats_2BHS = q_BHP.new_empty((2, batch, heads, splits), dtype=torch.float32)
     dims = max(16, triton.next_power_of_2(head_dim))
+    overlap = may_overlap(q_BHP)
+    launch = {"launch_pdl": True} if overlap else {}
     decode_kernel[(splits, kv_heads, batch)](
         *(q_BHP.contiguous(), k_BKP.contiguous(), v_BKP.contiguous(), keys_BKLP, values_BKLP),
         *(position, part_BHSP, stats_2BHS, scale * LOG2E, slots, batch * heads * splits),
-        *(group, head_dim, splits, max(16, triton.next_power_of_2(group)), tile, dims),
+        *(group, head_dim, splits, max(16, triton.next_power_of_2(group)), tile, dims, overlap),
         num_warps=2 if tile == 32 else 4,
         num_stages=3,
+        **launch,
     )
     if splits > 1:
         padded = triton.next_power_of_2(splits)
         combine_kernel[(batch * heads,)](
             *(part_BHSP, stats_2BHS, out_BHP, batch * heads * splits),
-            *(head_dim, splits, padded, dims),
+            *(head_dim, splits, padded, dims, overlap),
             num_warps=4,
+            **launch,
         )
     return out_BHP
 
@@ -80,8 +86,10 @@ def num_splits(pairs: int, slots: int, tile: int) -> int:
 def decode_kernel(
     q, k, v, keys, values, position, out, stats, scale, slots, all_splits,
     G_SIZE: tl.constexpr, P_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     split = tl.program_id(0)
     pair = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     length = tl.load(position)
@@ -137,7 +145,10 @@ def decode_kernel(
 def combine_kernel(
     part, stats, out, all_splits,
     P_SIZE: tl.constexpr, SPLITS: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     s, p = tl.arange(0, S), tl.arange(0, P)
     real_S, real_P = s < SPLITS, p < P_SIZE

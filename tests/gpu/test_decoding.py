@@ -95,8 +95,50 @@ def test_linears_on_few_rows_are_torchs(rows, sizes, bias):
     wanted = F.linear(x.float(), linear.weight.float(), linear.bias.float() if bias else None)
     with torch.inference_mode(), few_rows(linear, rows):
         assert error(linear(x), wanted) < 1e-2
-        found = linear_step(x, linear.weight, linear.bias, residual)
+        found = linear_step(x, linear.weight, linear.bias, residual, None, 0.0)
     assert error(found, wanted + residual.float()) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("sizes", [(768, 3352), (2048, 768), (776, 33), (8, 1), (4096, 500)])
+def test_a_norm_in_a_linear_is_torchs(rows, sizes):
+    x, weight, scale = random(rows, sizes[0]), random(*sizes[::-1]), random(sizes[0])
+    residual = random(rows, sizes[1])
+    normed = F.rms_norm(x.float(), scale.shape, scale.float(), 1e-5)
+    found = linear_step(x, weight, None, residual, scale, 1e-5)
+    assert error(found, F.linear(normed, weight.float()) + residual.float()) < 1e-2
+
+
+@torch.inference_mode()
+def test_kernels_that_start_early_read_what_those_ahead_wrote():
+    """A chain, each kernel of which depends on the one before it, in eager mode and replayed."""
+    weights = [random(1024, 1024) / 32 for _ in range(40)]
+    x, scale = random(2, 1024), torch.ones(1024, device="cuda", dtype=torch.bfloat16)
+
+    def chain():
+        y = x
+        for weight in weights:
+            y = linear_step(y, weight, None, None, scale, 1e-5)
+        return y
+
+    def wanted():
+        y = x
+        for weight in weights:
+            normed = F.rms_norm(y.float(), scale.shape, scale.float(), 1e-5)
+            y = F.linear(normed, weight.float()).bfloat16()
+        return y
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = chain()
+    for _ in range(20):
+        x.copy_(random(2, 1024))
+        expected = wanted()
+        assert error(chain(), expected) < 3e-2
+        graph.replay()
+        assert error(replayed, expected) < 3e-2
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench.triton_launch import let_next_start, may_overlap, wait_for_previous
 from workbench_mamba.scan.triton_rows import row_stride
 
 ROW_PROGRAMS = 264  # that share the rows of the gated norm's backward pass
@@ -33,9 +34,11 @@ def gated_norm_forward(
     block = triton.next_power_of_2(size)
     # Many rows fill the device with small programs; few are over sooner with more threads each.
     warps = (4 if block >= 1024 else 2) * (1 if rows * groups > FEW_ROWS else 2)
+    overlap = rows * groups <= FEW_ROWS and may_overlap(y_BLI)
     gated_norm_forward_kernel[(rows, groups)](
-        *(y_BLI, z_BLI, weight_I, out_BLI, eps, inner, row_stride(z_BLI), size, block),
+        *(y_BLI, z_BLI, weight_I, out_BLI, eps, inner, row_stride(z_BLI), size, block, overlap),
         num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out_BLI
 
@@ -73,7 +76,10 @@ def gated_norm_backward(
 def gated_norm_forward_kernel(
     y, z, weight, out, eps,
     inner: tl.constexpr, z_row: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
     keep = c < size

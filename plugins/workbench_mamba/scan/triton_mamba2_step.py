@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench.triton_launch import let_next_start, may_overlap, wait_for_previous
+
 
 def conv_step(x_BC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
     """One token through the convolution and SiLU, `[B, C]`; shifts `state_BCW` in place."""
     batch, channels = x_BC.shape
     y_BC = x_BC.new_empty((batch, channels))
-    block = 256
+    block, overlap = 256, may_overlap(x_BC)
     conv_step_kernel[(triton.cdiv(channels, block), batch)](
         *(x_BC, state_BCW, weight_CW, bias_C, y_BC, channels, x_BC.stride(0)),
-        *(bias_C is not None, weight_CW.shape[1], block),
+        *(bias_C is not None, weight_CW.shape[1], block, overlap),
         num_warps=2,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return y_BC
 
@@ -45,12 +48,14 @@ def state_step(
     y_BI = xBC_BC.new_empty((batch, heads * head_dim))
     rows = min(16, head_dim)
     low, high = dt_limits
+    overlap = may_overlap(xBC_BC)
     state_step_kernel[(head_dim // rows, heads, batch)](
         *(xBC_BC, raw_BH, state_BHPN, A_log_H, D_H, dt_bias_H, y_BI),
         *(xBC_BC.stride(0), raw_BH.stride(0), heads, groups, heads // groups),
         *(low, float("inf") if high is None else high),
-        *(head_dim, n_state, rows, triton.next_power_of_2(n_state)),
+        *(head_dim, n_state, rows, triton.next_power_of_2(n_state), overlap),
         num_warps=2,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return y_BI
 
@@ -63,8 +68,10 @@ def softplus(x):
 @triton.jit
 def conv_step_kernel(
     x, state, weight, bias, y, channels, x_row,
-    HAS_BIAS: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, W: tl.constexpr, K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
     c_K = tl.program_id(0) * K + tl.arange(0, K)
     keep = c_K < channels
@@ -89,7 +96,10 @@ def conv_step_kernel(
 def state_step_kernel(
     xBC, raw, state, A_log, D, dt_bias, y, x_row, raw_row, heads, groups, heads_a_group, low, high,
     P: tl.constexpr, N_SIZE: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, N)
