@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run tests: more than cores, for many tests wait.
+WORKERS ?= 3
+# Which tests, as pytest's -m says it; empty for all.
+TESTS ?= not slow
 
 .PHONY: demo test slow lint bench wheel clean
 .DELETE_ON_ERROR:
@@ -10,10 +14,10 @@ demo: $(VENV)/base ## a real search on real text: minutes on two cores; again: r
 	$(BIN)/workbench run studies/quickstart.toml
 
 test: $(VENV)/dev ## everything but what needs CUDA or is marked slow
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "$(TESTS)"
 
-slow: $(VENV)/dev ## tests of ten seconds and more: exports, wheels, whole studies
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+slow: ## tests of ten seconds and more: exports, wheels, whole studies
+	$(MAKE) test TESTS=slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

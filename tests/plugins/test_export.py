@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import get_imports
 
+from tests.prepared import Prepared
 from workbench.builder import Builder
 from workbench.exporter import ExportReport
 from workbench.layer import Context
@@ -120,7 +120,9 @@ QUANTIZED = Layout(
 )
 
 
-def exported(layout: Layout, builder: Builder, folder: Path, **metadata: Any) -> Exported:
+def exported(
+    layout: Layout, builder: Builder, folder: Path, prepared: Prepared, **metadata: Any
+) -> Exported:
     model = builder.build(layout, seed=1)
     before = model.training, str(model)
     report = builder.exporters["huggingface"].export(
@@ -130,16 +132,16 @@ def exported(layout: Layout, builder: Builder, folder: Path, **metadata: Any) ->
     builder.quantize(model)
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(layout.vocab_size, (2, 40), generator=generator)
-    seen = probe(builder, report.path, tokens)
+    seen = probe(builder, report.path, tokens, prepared)
     return Exported(model.eval(), report, tokens, seen, untouched)
 
 
-def probe(builder: Builder, folder: Path, tokens: Tensor) -> dict[str, Tensor]:
+def probe(builder: Builder, folder: Path, tokens: Tensor, prepared: Prepared) -> dict[str, Tensor]:
     modules = [found.module for found in builder.plugins.loaded.values()]
     hidden = {"workbench", *(module.partition(".")[0] for module in modules)}
     question, answer = folder.with_name("question"), folder.with_name("answer")
     save_file({"tokens": tokens}, question, {"folder": str(folder), "hidden": " ".join(hidden)})
-    done = subprocess.run(
+    done = prepared.run(
         [sys.executable, "-I", HERE / "export_probe.py", question, answer],
         env={**os.environ, "HF_HOME": str(folder.with_name("hf")), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -151,15 +153,20 @@ def probe(builder: Builder, folder: Path, tokens: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def hybrid(stocked: Builder, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def hybrid(
+    stocked: Builder, tmp_path_factory: pytest.TempPathFactory, prepared: Prepared
+) -> Exported:
     """Every built-in layer type and a stranger's, tied head, bytes."""
-    return exported(HYBRID, stocked, tmp_path_factory.mktemp("hybrid"))
+    return exported(HYBRID, stocked, tmp_path_factory.mktemp("hybrid"), prepared)
 
 
 @pytest.fixture(scope="module")
-def quantized(stocked: Builder, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def quantized(
+    stocked: Builder, tmp_path_factory: pytest.TempPathFactory, prepared: Prepared
+) -> Exported:
     """Every quantizer, multipliers, a head of its own, no text."""
-    return exported(QUANTIZED, stocked, tmp_path_factory.mktemp("quantized"), tokenizer=None)
+    folder = tmp_path_factory.mktemp("quantized")
+    return exported(QUANTIZED, stocked, folder, prepared, tokenizer=None)
 
 
 @pytest.fixture(params=["hybrid", "quantized"])
