@@ -33,7 +33,7 @@ from workbench.data import Batch, DataSource
 from workbench.environment import environment
 from workbench.files import read_json, write_json
 from workbench.layout import Layout
-from workbench.sharded_launch import Alone, started
+from workbench.sharded_launch import Alone, leave, started
 from workbench.training_config import TrainingConfig
 
 SKIPPED = 8  # first steps, which compile, tune and capture
@@ -228,7 +228,7 @@ def main() -> int:
     options = arguments()
     if options.one is not None:
         one(options)
-        return 0
+        leave(0)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         layout = scaled(options, Path(folder) / "layout.json")

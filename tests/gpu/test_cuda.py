@@ -12,8 +12,10 @@ from workbench import Block, Layout
 from workbench.builder import Builder
 from workbench.layer import Context
 from workbench.measuring import decode_time, peak_memory, prefill_time
+from workbench.metric import Subject
 from workbench.study import run_study
 from workbench.trial import load_trained
+from workbench_metrics.recall import MultiQueryRecallShare, Recall
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,3 +158,16 @@ def test_a_study_runs_on_the_device(builder, tmp_path, precision):
         assert trial.metrics["bits_per_byte"] < 8
         model = load_trained(builder, trial.layout, trial.weights, "cuda")
         assert torch.isfinite(model(torch.zeros(1, 4, dtype=torch.long, device="cuda"))).all()
+
+
+def test_recall_tells_attention_from_a_small_state(builder):
+    """The training of its own runs on the device, at the defaults."""
+    attention = Block(layer="attention", config={"head_dim": 16})
+    small = Block(layer="mamba2", config={"headdim": 16, "d_state": 4})
+    shares = []
+    for blocks in ((small, attention), (small, small)):
+        layout = builder.resolve(Layout(d_model=64, vocab_size=256, blocks=blocks))
+        subject = Subject(layout=layout, builder=builder, device="cuda")
+        shares.append(MultiQueryRecallShare(Recall()).measure(subject))
+    assert shares[0] > 0.9
+    assert shares[1] < 0.5
