@@ -27,6 +27,7 @@ from workbench.train_step import StepOptions, TrainStep
 from workbench.training_config import TrainingConfig
 
 __all__ = [
+    "CheckpointError",
     "DivergedError",
     "TrainingConfig",
     "TrainingResult",
@@ -39,6 +40,10 @@ __all__ = [
 ]
 
 Progress = Callable[[dict[str, float]], None]
+
+
+class CheckpointError(WorkbenchError):
+    """A checkpoint that cannot be read: cut off, or overwritten with something else."""
 
 
 class DivergedError(Exception):
@@ -84,7 +89,8 @@ def train(
 
     Raises:
         DivergedError: a loss that is NaN or infinite.
-        WorkbenchError: the checkpoint is of another run, past the stop, or cannot be written.
+        CheckpointError: the checkpoint cannot be read.
+        WorkbenchError: it is of another run, past the stop, or cannot be written.
     """
     return TrainingRun(model, data, config).complete(checkpoint, progress, stop)
 
@@ -220,7 +226,8 @@ class TrainingRun:
         """Continue from what `save` wrote.
 
         Raises:
-            WorkbenchError: it is of another layout, training or seed, or damaged.
+            CheckpointError: it cannot be read.
+            WorkbenchError: it is of another layout, training or seed.
         """
         self._restore(*self._read(path, str(self.model.device)))
 
@@ -232,8 +239,11 @@ class TrainingRun:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             progress = json.loads(metadata["progress"])
             same = json.loads(metadata["run"]) == self._identity()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
-            raise WorkbenchError(f"checkpoint {path} cannot be read ({error}): delete it") from None
+            message = f"checkpoint {path} cannot be read ({error}): delete it"
+            raise CheckpointError(message) from None
         if not same:
             raise WorkbenchError(f"checkpoint {path} belongs to another run: delete it")
         return tensors, progress

@@ -35,7 +35,15 @@ from workbench.quantizer import QuantizationReport
 from workbench.rungs import measure_rung, rung_metrics
 from workbench.stages import has_stage, measure_stage
 from workbench.study_config import StudyConfig
-from workbench.training import DivergedError, TrainingConfig, load_weights, save_weights, train
+from workbench.training import (
+    CheckpointError,
+    DivergedError,
+    TrainingConfig,
+    TrainingResult,
+    load_weights,
+    save_weights,
+    train,
+)
 from workbench.trial_guard import TrialGuard
 from workbench.verdict import PAUSED, InfeasibleError, Recorded, Timed, Verdict
 
@@ -301,7 +309,6 @@ def _train(
     curve = folder / "curve.jsonl"
     emit({"phase": "training"})
     with _timed(verdict, "training"):
-        torch.manual_seed(place.config.seed)
         with curve.open("a" if verdict.rungs else "w", encoding="utf-8") as lines:
 
             def record(point: dict[str, float]) -> None:
@@ -309,8 +316,9 @@ def _train(
                 lines.flush()
                 emit({"progress": point["step"] / place.training.steps, "loss": point["loss"]})
 
-            try:
-                result = train(
+            def trained() -> TrainingResult:
+                torch.manual_seed(place.config.seed)
+                return train(
                     model,
                     place.data,
                     place.training,
@@ -318,6 +326,14 @@ def _train(
                     progress=record,
                     stop=stop,
                 )
+
+            try:
+                try:
+                    result = trained()
+                except CheckpointError as error:  # the same figures again, for the price of time
+                    verdict.details["restarted"] = str(error).removesuffix(": delete it")
+                    checkpoint.unlink()
+                    result = trained()
             except DivergedError as error:
                 found = sanity.culprit(place.builder, model, place.training.seq_len)
                 raise DivergedError(f"{error}{found}") from None

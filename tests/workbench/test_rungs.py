@@ -17,6 +17,7 @@ from tests.workbench.conftest import make_config
 from tests.workbench.studies import assert_all_accounted_for, run, storage_trials
 from tests.workbench.test_study_faults import slow
 from workbench import Metric, WorkbenchError
+from workbench import trial as trials
 from workbench.pareto import pareto_front
 from workbench.records import load_study
 from workbench.rungs import CONTINUE, STOP, Peer, Peers, Rungs
@@ -162,6 +163,28 @@ def test_pauses_change_no_figure(study_data, tmp_path, executor):
         assert losses[0] > losses[1] > other.metrics["toy_loss"]
         assert set(rungs[0]["metrics"]) == {"toy_loss"}
         assert "rungs" in other.data["stage_seconds"]
+
+
+def test_a_damaged_checkpoint_costs_time_and_no_trial(study_data, tmp_path, monkeypatch):
+    real, damaged = trials.train, []
+
+    def on_a_disk_that_fails(*arguments, checkpoint, **named):
+        if checkpoint.exists() and not damaged:
+            os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+            damaged.append(str(checkpoint))
+        return real(*arguments, checkpoint=checkpoint, **named)
+
+    changes = {"runtime.executor": "inline", "budget.trials": 2, "rungs": NOBODY_STOPS}
+    whole = run(study_data, tmp_path / "whole", **changes).trials()
+    monkeypatch.setattr(trials, "train", on_a_disk_that_fails)
+    found = run(study_data, tmp_path / "damaged", **changes).trials()
+    assert len(damaged) == 1
+    notes = [note for t in found if (note := t.data["details"].get("restarted"))]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"checkpoint {damaged[0]} cannot be read")
+    for one, other in zip(whole, found, strict=True):
+        assert (one.outcome, one.metrics) == (other.outcome, other.metrics)
+        assert list(one.curve()["loss"]) == list(other.curve()["loss"])
 
 
 def test_dominated_trials_stop_and_the_sampler_goes_on(study_data, runs):

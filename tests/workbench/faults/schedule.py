@@ -48,7 +48,7 @@ OUTCOMES = {
     "disk full": "interrupted",
     "storage away": "complete",
     "idle worker killed": "complete",
-    "checkpoint damaged": "error",
+    "checkpoint damaged": "complete",
     "checkpoint gone": "complete",
 }
 AGAIN = ("crashed", "interrupted")  # the trial runs again, and uses up no budget
