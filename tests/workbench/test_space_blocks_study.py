@@ -154,7 +154,7 @@ def test_a_trial_is_scaled_by_its_policy_though_its_layers_differ(runs):
 
 
 @pytest.mark.slow
-def test_a_trial_stored_in_two_ways_leaves_as_it_was_judged(tmp_path):
+def test_a_trial_stored_in_two_ways_leaves_as_it_was_judged(tmp_path, prepared):
     """The logits of a fresh process that has no workbench are those of the trial."""
     changes = {
         **STORED,
@@ -173,7 +173,7 @@ def test_a_trial_stored_in_two_ways_leaves_as_it_was_judged(tmp_path):
     made = export_trial(best, tmp_path / "model")
     assert made.max_difference <= 1e-5
     tokens = torch.randint(16, (2, 40), generator=torch.Generator().manual_seed(0))
-    seen = probe(BUILDER, made.path, tokens)["logits"]
+    seen = probe(BUILDER, made.path, tokens, prepared)["logits"]
     judged = load_trained(BUILDER, best.layout, best.weights)
     as_trained = BUILDER.build(best.layout)
     load_weights(as_trained, best.weights)
