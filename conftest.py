@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 
-from tests.prepared import Prepared
+from tests.prepared import Prepared, Sources
+from workbench.executors import process, worker_process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_look_through() -> None:
+    """Leave what modules and tests before this one keep out of later collections of garbage.
+
+    Hundreds of thousands of objects of torch and pytest: 0.2 s a collection, of which each trial
+    makes some. Workers do the same once they have imported what they need.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +32,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
         patch.setattr(proof, "subprocess", source)
         yield source
     source.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sources() -> Iterator[Sources]:
+    """What the workers of studies that run in a test's process are forked from."""
+    found = Sources()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "ForkSource", found)
+        yield found
+    found.close()
+
+
+@pytest.fixture
+def own_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each study has a source of its own, as in reality."""
+    monkeypatch.setattr(process, "ForkSource", worker_process.ForkSource)

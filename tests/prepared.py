@@ -1,8 +1,8 @@
-"""Fresh Python processes that need not import torch and transformers again.
+"""Fresh Python processes that need not import again for seconds what no test is about.
 
-Exports are proved in fresh processes, which import for seconds what no test is about. Here they are
-forked from one that has imported these two packages, and nothing else that an export needs. The
-tests that run `workbench` itself as a process start real ones.
+Exports are proved in fresh processes: here forked from one that has imported torch and
+transformers, and nothing else that an export needs. Workers are forked from a source that each
+study starts: here studies share one. Tests that run `workbench` as a process start real ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from workbench.executors.worker_process import ForkSource
 
 SOURCE = Path(__file__).with_name("prepared_source.py")
 
@@ -81,3 +83,48 @@ class Prepared:
         if self._source is not None:
             with self._source:  # closes its input, and waits
                 pass
+
+
+class Sources:
+    """Stands in for `ForkSource`: hands the one that is there to study after study.
+
+    A worker has the environment and the folder of its source, so where these differ it is another.
+    """
+
+    def __init__(self) -> None:
+        self._surroundings: tuple[object, ...] = ()
+        self._source: Lent | None = None
+
+    def __call__(self) -> Lent:
+        surroundings = (os.getcwd(), {**os.environ, "PYTEST_CURRENT_TEST": ""})
+        if (
+            self._source is None
+            or self._source.process.poll() is not None
+            or surroundings != self._surroundings
+        ):
+            self.close()
+            self._source, self._surroundings = Lent(), surroundings
+        self._source.users += 1
+        return self._source
+
+    def close(self) -> None:
+        """End the source as soon as no study uses it."""
+        if self._source is not None:
+            self._source.is_kept = False
+            self._source.end_if_unused()
+            self._source = None
+
+
+class Lent(ForkSource):
+    """A source that outlives the studies that close it."""
+
+    users, is_kept = 0, True
+
+    def close(self) -> None:
+        """End it if nobody has a use for it; the workers of who closes it have ended before."""
+        self.users -= 1
+        self.end_if_unused()
+
+    def end_if_unused(self) -> None:
+        if not self.users and not self.is_kept:
+            super().close()

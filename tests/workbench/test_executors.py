@@ -17,6 +17,8 @@ from workbench.identity import used_plugins
 from workbench.layout import Block, Layout
 from workbench.trial import Workplace
 
+pytestmark = pytest.mark.usefixtures("own_sources")
+
 
 @pytest.fixture
 def open_workers(study_data, tmp_path):
