@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("prepared_source.py")
 
 
 class Prepared:
-    """Stands in for the module `subprocess`, for scripts in an interpreter of their own (-I).
+    """Stands in for the module `subprocess` where exports are proved: scripts run with -I.
 
     Args:
         folder: for what it writes.
@@ -35,7 +35,7 @@ class Prepared:
         self,
         command: Sequence[str | Path],
         *,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str],
         capture_output: bool,
         text: bool,
         check: bool,
@@ -44,22 +44,27 @@ class Prepared:
         python, isolated, script, *arguments = map(str, command)
         assert (python, isolated) == (sys.executable, "-I")
         assert (capture_output, text, check) == (True, True, False)
+        assert {"HF_HOME", "HF_HUB_OFFLINE"} <= env.keys()  # or it would use its user's
         out, err = self._folder / "out", self._folder / "err"
         asked = {
             "script": script,
             "arguments": arguments,
-            "environment": dict(os.environ if env is None else env),
+            "environment": dict(env),
             "folder": os.getcwd(),
             "out": str(out),
             "err": str(err),
         }
         with self._lock:
-            source = self._source = self._source or self._start()
+            if self._source is None or self._source.poll() is not None:
+                self._source = self._start()
+            source = self._source
             assert source.stdin is not None
             assert source.stdout is not None
             source.stdin.write(json.dumps(asked) + "\n")
             source.stdin.flush()
-            status = int(source.stdout.readline())
+            answer = source.stdout.readline()
+            assert answer, f"the prepared interpreter ended with status {source.wait()}"
+            status = int(answer)
             return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
     def _start(self) -> subprocess.Popen[str]:
@@ -108,7 +113,7 @@ class Sources:
         return self._source
 
     def close(self) -> None:
-        """End the source as soon as no study uses it."""
+        """End the source, or leave that to the last study that uses it."""
         if self._source is not None:
             self._source.is_kept = False
             self._source.end_if_unused()

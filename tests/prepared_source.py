@@ -4,7 +4,8 @@
 
 Each line of standard input asks for one run: JSON with `script`, `arguments`, `environment`,
 `folder` (to run in), `out` and `err` (files). Each line of standard output is an exit status. The
-folder of HF_HOME is emptied before each run.
+folder of HF_HOME is emptied before each run; what a run's own environment says of Hugging Face's
+folders comes too late.
 """
 
 import json
@@ -43,6 +44,8 @@ def forked(asked: dict) -> int:
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

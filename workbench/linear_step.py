@@ -44,7 +44,7 @@ def linear_step(
     """`norm(x) @ weight.T + bias + residual`, `[B, N]`, rounded once; for CUDA.
 
     Args:
-        weight_ND, bias_N, norm_D: parameters: the kernel ahead on the stream must not write them.
+        weight_ND, bias_N, norm_D: parameters, which may be read early (`triton_launch`).
         norm_D: weights of an RMSNorm of x, or None for x itself.
     """
     from workbench.triton_linear_step import linear_step as kernel
@@ -95,13 +95,12 @@ class FewRows(nn.Linear):
 
 
 class FewRowsNorm(nn.RMSNorm):
-    """What an RMSNorm that half-precision rows pass is inside of `few_rows`."""
+    """What an RMSNorm is inside of `few_rows`: in a compiled block a mark for `fuse_norms`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Only a compiled block can take the norm into a linear.
         if x.ndim != 2 or x.dtype != self.weight.dtype or not torch.compiler.is_compiling():
             return super().forward(x)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps  # as torch's
         y_BD: Tensor = norm_step(x, self.weight, eps)
         return y_BD
 
@@ -116,18 +115,18 @@ def few_rows(model: nn.Module, rows: int) -> Iterator[None]:
         rows: sequences of a step; with more than `MAX_ROWS` nothing changes.
     """
     swapped: list[nn.Module] = []
-    for module in model.modules() if rows <= MAX_ROWS else ():
-        if kind := _few_rows_kind(module):
-            swapped.append(module)
-            module.__class__ = kind
     try:
+        for module in model.modules() if rows <= MAX_ROWS else ():
+            if kind := _few_rows_kind(module):
+                swapped.append(module)
+                module.__class__ = kind
         yield
     finally:
         for module in swapped:
-            module.__class__ = KINDS[type(module)]
+            module.__class__ = ORIGINALS[type(module)]
 
 
-KINDS: dict[type[nn.Module], type[nn.Module]] = {FewRows: nn.Linear, FewRowsNorm: nn.RMSNorm}
+ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {FewRows: nn.Linear, FewRowsNorm: nn.RMSNorm}
 
 
 def _few_rows_kind(module: nn.Module) -> type[nn.Module] | None:
@@ -180,7 +179,10 @@ def fuse_norms(graph: fx.Graph) -> None:
 
 
 def _unviewed(rows: Any) -> fx.Node:
-    """The node with the rows `[B, D]` that these are a view of, in the same shape."""
+    """What rows are a view of, if it has their shape; else these themselves.
+
+    Views keep the order of elements: of equal shape, they are equal.
+    """
     node = rows
     while node.target in VIEWS:
         node = node.args[0]
@@ -190,7 +192,7 @@ def _unviewed(rows: Any) -> fx.Node:
 def _plain_norm(graph: fx.Graph, norm: fx.Node) -> fx.Node:
     """An RMSNorm in torch's own operators, as inductor knows how to fuse them with others."""
     x, weight, eps = norm.args
-    aten, to = torch.ops.aten, torch.ops.prims.convert_element_type.default
+    aten, to = _aten, torch.ops.prims.convert_element_type.default
 
     def call(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
@@ -254,6 +256,21 @@ def _probe() -> None:
             error = float((found.float() - wanted).norm() / wanted.norm())
             if not error < PROBE_TOLERANCE:
                 raise RuntimeError(f"the kernel is off by {error:.1%} of torch's result")
+    _probe_chain([random(512, 512) / 16 for _ in range(8)], random(1, 512))
+
+
+def _probe_chain(weights: list[Tensor], x_BD: Tensor) -> None:
+    """Kernels that start early must wait for what those ahead of them write."""
+    ones_D = torch.ones_like(x_BD[0])
+    found, wanted = x_BD, x_BD
+    for weight_ND in weights:
+        found = linear_step(found, weight_ND, None, None, ones_D, 1e-5)
+    for weight_ND in weights:
+        normed_BD = F.rms_norm(wanted.float(), ones_D.shape, None, 1e-5)
+        wanted = (normed_BD @ weight_ND.float().t()).to(x_BD.dtype)
+    error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    if not error < 3 * PROBE_TOLERANCE:
+        raise RuntimeError(f"a chain of kernels is off by {error:.1%} of torch's result")
 
 
 LINEAR_STEP = Operation(

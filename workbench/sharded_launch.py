@@ -154,8 +154,11 @@ def leave(status: int) -> NoReturn:
 
     gloo's threads outlive `destroy_process_group` (torch 2.13). One that lets go of a tensor while
     Python is clearing up ends the process with SIGABRT, and the launcher calls the run failed.
+    What was registered with `atexit` runs; threads are not waited for.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)

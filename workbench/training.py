@@ -43,7 +43,7 @@ Progress = Callable[[dict[str, float]], None]
 
 
 class CheckpointError(WorkbenchError):
-    """A checkpoint that cannot be read: cut off, or overwritten with something else."""
+    """A file that is no whole checkpoint: it was cut off, say. To go on, delete it."""
 
 
 class DivergedError(Exception):
@@ -89,7 +89,7 @@ def train(
 
     Raises:
         DivergedError: a loss that is NaN or infinite.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint is damaged.
         WorkbenchError: it is of another run, past the stop, or cannot be written.
     """
     return TrainingRun(model, data, config).complete(checkpoint, progress, stop)
@@ -226,7 +226,7 @@ class TrainingRun:
         """Continue from what `save` wrote.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: it is damaged.
             WorkbenchError: it is of another layout, training or seed.
         """
         self._restore(*self._read(path, str(self.model.device)))
@@ -239,11 +239,10 @@ class TrainingRun:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             progress = json.loads(metadata["progress"])
             same = json.loads(metadata["run"]) == self._identity()
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            message = f"checkpoint {path} cannot be read ({error}): delete it"
-            raise CheckpointError(message) from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} is damaged ({error}): delete it") from None
+        except OSError as error:  # which may pass
+            raise WorkbenchError(f"checkpoint {path} cannot be read: {error}") from None
         if not same:
             raise WorkbenchError(f"checkpoint {path} belongs to another run: delete it")
         return tensors, progress

@@ -331,8 +331,8 @@ def _train(
                 try:
                     result = trained()
                 except CheckpointError as error:  # the same figures again, for the price of time
-                    verdict.details["restarted"] = str(error).removesuffix(": delete it")
-                    checkpoint.unlink()
+                    verdict.details["restarted"] = str(error)
+                    checkpoint.unlink(missing_ok=True)
                     result = trained()
             except DivergedError as error:
                 found = sanity.culprit(place.builder, model, place.training.seq_len)

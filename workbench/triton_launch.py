@@ -5,7 +5,9 @@ A decode step is a chain of kernels of microseconds each, and between two of the
 for about one. A kernel that is launched with `launch_pdl` may begin once every program of the
 kernel ahead has called `let_next_start`; what that one wrote may be read after `wait_for_previous`
 alone, and nothing may be written before. Every program must wait before it ends: what a kernel
-further on finds is then complete, too.
+further on finds is then complete, too. Only what no kernel of such a chain writes may be read
+before the wait: parameters. (A kernel that does not call `let_next_start`, as torch's own, holds
+back the next one until it has ended, so that whoever changes a parameter by one is safe.)
 
 Needs triton, and a device of compute capability 9 or more; elsewhere kernels go one after another.
 https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench.linear_step import MAX_NORMED
 from workbench.triton_launch import let_next_start, may_overlap, wait_for_previous
 
 PROGRAMS = 4096  # from which on a program takes more outputs
-WHOLE = 4096  # inputs whose weights a program holds at once, in registers
 
 
 def linear_step(
@@ -26,17 +26,15 @@ def linear_step(
 ) -> Tensor:
     """`norm(x) @ weight.T + bias + residual`, `[B, N]`, each sum in float32.
 
-    Weights, bias and norm are read before the kernels ahead have ended: none of these may write
-    them.
-
     Args:
-        norm_D: weights of an RMSNorm of x, or None for x itself; at most `WHOLE`.
+        weight_ND, bias_N, norm_D: parameters, which may be read early (`triton_launch`).
+        norm_D: weights of an RMSNorm of x, or None for x itself; at most `MAX_NORMED`.
     """
     (batch, inputs), outputs = x_BD.shape, len(weight_ND)
     y_BN = x_BD.new_empty((batch, outputs))
-    whole = inputs <= WHOLE
+    whole = inputs <= MAX_NORMED
     if norm_D is not None and not whole:
-        raise ValueError(f"a norm needs at most {WHOLE} inputs, got {inputs}")
+        raise ValueError(f"a norm needs at most {MAX_NORMED} inputs, got {inputs}")
     inputs_tile = triton.next_power_of_2(inputs) if whole else 512 if inputs % 512 == 0 else 256
     outputs_tile = 2 if outputs <= 2 * PROGRAMS or inputs_tile > 2048 else 4
     residual_BN = None if residual_BN is None else residual_BN.contiguous()

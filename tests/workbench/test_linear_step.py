@@ -206,4 +206,8 @@ def test_only_plain_norms_of_half_precision_rows_wait_for_a_linear(everywhere, m
         with pytest.warns(UserWarning, match="Mismatch dtype"):  # torch's way
             model["plain"](x.bfloat16())
     assert calls == [((2, 8), 0.1), ((2, 8), torch.finfo(torch.float32).eps)]
+    small, norm = torch.full((1, 8), 0.01, dtype=torch.bfloat16), nn.RMSNorm(8).bfloat16()
+    wanted = norm(small)
+    with few_rows(norm, 1):
+        assert torch.equal(norm(small), wanted)
     assert {name: type(module) for name, module in model.items()} == kinds

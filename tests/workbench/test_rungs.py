@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_costs_time_and_no_trial(study_data, tmp_path, monk
     assert len(damaged) == 1
     notes = [note for t in found if (note := t.data["details"].get("restarted"))]
     assert len(notes) == 1
-    assert notes[0].startswith(f"checkpoint {damaged[0]} cannot be read")
+    assert notes[0].startswith(f"checkpoint {damaged[0]} is damaged")
     for one, other in zip(whole, found, strict=True):
         assert (one.outcome, one.metrics) == (other.outcome, other.metrics)
         assert list(one.curve()["loss"]) == list(other.curve()["loss"])

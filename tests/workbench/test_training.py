@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from tests.workbench.conftest import TOYS
-from workbench import Block, FieldError, Layout, WorkbenchError
+from workbench import Block, FieldError, Layout, WorkbenchError, training
 from workbench.builder import default_builder
 from workbench.evaluation import evaluate
 from workbench.training import (
+    CheckpointError,
     DivergedError,
     TrainingConfig,
     load_weights,
@@ -78,9 +81,27 @@ def test_a_strange_or_damaged_checkpoint_is_refused(builder, data, tmp_path):
     train(make_model(builder), data, eager, checkpoint=checkpoint)
     with pytest.raises(WorkbenchError, match="another run"):
         train(make_model(builder, "toy"), data, eager, checkpoint=checkpoint)
-    checkpoint.write_bytes(checkpoint.read_bytes()[:50])
-    with pytest.raises(WorkbenchError, match="cannot be read"):
-        train(make_model(builder), data, eager, checkpoint=checkpoint)
+    whole = checkpoint.read_bytes()
+    other = {"nothing": torch.zeros(1)}
+    for damage in (whole[:50], whole[:-1], b"", b"no checkpoint", save(other), whole + b"more"):
+        checkpoint.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"is damaged .*: delete it"):
+            train(make_model(builder), data, eager, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_that_cannot_be_opened_now_is_not_called_damaged(
+    builder, data, tmp_path, monkeypatch
+):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    train(make_model(builder), data, CONFIG, checkpoint=checkpoint, stop=2)
+
+    def too_many_files(*_, **__):
+        raise FileNotFoundError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(training, "safe_open", too_many_files)
+    with pytest.raises(WorkbenchError, match=r"cannot be read: .*Too many open files") as error:
+        train(make_model(builder), data, CONFIG, checkpoint=checkpoint)
+    assert not isinstance(error.value, CheckpointError)
 
 
 def test_divergence_says_where(builder, data):
