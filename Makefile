@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Processes that run tests: more than cores, for many tests wait.
-WORKERS ?= 4
+WORKERS ?= 3
 # Which tests, as pytest's -m says it; empty for all.
 TESTS ?= not slow
 
