@@ -123,27 +123,24 @@ def few_rows(model: nn.Module, rows: int) -> Iterator[None]:
         yield
     finally:
         for module in swapped:
-            module.__class__ = ORIGINALS[type(module)]
+            module.__class__ = type(module).__mro__[1]
 
 
-ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {FewRows: nn.Linear, FewRowsNorm: nn.RMSNorm}
+KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FewRows, nn.RMSNorm: FewRowsNorm}
 
 
 def _few_rows_kind(module: nn.Module) -> type[nn.Module] | None:
     """What a module becomes inside of `few_rows`; None for what it is."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
-    if type(module) is nn.Linear:
-        inputs, able = module.in_features, module.weight.is_contiguous()
-    elif type(module) is nn.RMSNorm and module.weight is not None:
-        inputs, able = module.weight.numel(), module.weight.numel() <= MAX_NORMED
-        able = able and module.weight.ndim == 1
-    else:
+    weight, kind = getattr(module, "weight", None), KINDS.get(type(module))
+    if kind is None or weight is None or not weight.is_contiguous():
         return None
-    weight = module.weight
-    if not able or linear_step_backend(weight.device.type, weight.dtype, inputs) == TORCH:
+    inputs = weight.shape[-1]
+    if kind is FewRowsNorm and (weight.ndim != 1 or inputs > MAX_NORMED):
         return None
-    return FewRows if type(module) is nn.Linear else FewRowsNorm
+    found = linear_step_backend(weight.device.type, weight.dtype, inputs)
+    return None if found == TORCH else kind
 
 
 def fusion() -> Any:
@@ -164,15 +161,15 @@ def fusion() -> Any:
 
 def fuse_norms(graph: fx.Graph) -> None:
     """Let linears norm their inputs themselves; a norm that others read, too, is torch's again."""
-    for linear in graph.find_nodes(
-        op="call_function", target=torch.ops.workbench.linear_step.default
-    ):
+    operators = torch.ops.workbench
+    linear_op, norm_op = operators.linear_step.default, operators.norm_step.default
+    for linear in graph.find_nodes(op="call_function", target=linear_op):
         norm = _unviewed(linear.args[0])
-        if norm.target is torch.ops.workbench.norm_step.default and linear.args[4] is None:
+        if norm.target is norm_op and linear.args[4] is None:
             x, weight, eps = norm.args
             linear.args = (x, *linear.args[1:4], weight, eps)
     graph.eliminate_dead_code()  # views
-    for norm in graph.find_nodes(op="call_function", target=torch.ops.workbench.norm_step.default):
+    for norm in graph.find_nodes(op="call_function", target=norm_op):
         with graph.inserting_before(norm):
             norm.replace_all_uses_with(_plain_norm(graph, norm))
         graph.erase_node(norm)

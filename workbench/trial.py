@@ -38,6 +38,7 @@ from workbench.study_config import StudyConfig
 from workbench.training import (
     CheckpointError,
     DivergedError,
+    Progress,
     TrainingConfig,
     TrainingResult,
     load_weights,
@@ -316,24 +317,8 @@ def _train(
                 lines.flush()
                 emit({"progress": point["step"] / place.training.steps, "loss": point["loss"]})
 
-            def trained() -> TrainingResult:
-                torch.manual_seed(place.config.seed)
-                return train(
-                    model,
-                    place.data,
-                    place.training,
-                    checkpoint=checkpoint,
-                    progress=record,
-                    stop=stop,
-                )
-
             try:
-                try:
-                    result = trained()
-                except CheckpointError as error:  # the same figures again, for the price of time
-                    verdict.details["restarted"] = str(error)
-                    checkpoint.unlink(missing_ok=True)
-                    result = trained()
+                result = _trained(place, model, checkpoint, verdict, record, stop)
             except DivergedError as error:
                 found = sanity.culprit(place.builder, model, place.training.seq_len)
                 raise DivergedError(f"{error}{found}") from None
@@ -345,6 +330,26 @@ def _train(
         if stop is None:
             save_weights(model, folder / "model.safetensors", {"layout": layout.hash})
     return model
+
+
+def _trained(
+    place: Workplace,
+    model: HybridLM,
+    checkpoint: Path,
+    verdict: Verdict,
+    record: Progress,
+    stop: int | None,
+) -> TrainingResult:
+    """`train`; a damaged checkpoint costs its time, and gives the same figures again."""
+    torch.manual_seed(place.config.seed)
+    try:
+        return train(
+            model, place.data, place.training, checkpoint=checkpoint, progress=record, stop=stop
+        )
+    except CheckpointError as error:
+        verdict.details["restarted"] = str(error)
+        checkpoint.unlink(missing_ok=True)
+        return _trained(place, model, checkpoint, verdict, record, stop)
 
 
 def backends_of(model: HybridLM, *, half: bool = False) -> dict[str, dict[str, str]]:
