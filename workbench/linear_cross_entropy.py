@@ -10,11 +10,14 @@ Shape suffixes: N tokens, D d_model, V vocabulary, C tokens of a chunk.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from workbench.kernels import TORCH, Backend, Operation, choose
 
 CHUNK_ELEMENTS = 2**28  # logits held at once: 512 MiB in bfloat16
 
@@ -67,7 +70,7 @@ class _Chunked(torch.autograd.Function):
         ignore_index: int,
         chunk: int,
     ) -> Tensor:
-        losses, gradients = _functions(hidden_ND.is_cuda)
+        cross_entropy = _function(cross_entropy_backend(hidden_ND.device.type), hidden_ND.is_cuda)
         product_VD = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         wanted = any(ctx.needs_input_grad[:2])
@@ -77,10 +80,9 @@ class _Chunked(torch.autograd.Function):
             rows = slice(begin, begin + chunk)
             hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
             logits_CV = hidden_CD @ product_VD.t()
-            log_sum_C, loss = losses(logits_CV, targets_C, scaling, ignore_index)
+            loss, dlogits_CV = cross_entropy(logits_CV, targets_C, scaling, ignore_index, wanted)
             total += loss
             if dhidden_ND is not None and dweight_VD is not None:
-                dlogits_CV = gradients(logits_CV, log_sum_C, targets_C, scaling, ignore_index)
                 del logits_CV
                 torch.mm(dlogits_CV, product_VD, out=dhidden_ND[rows])
                 _add_product(dweight_VD, dlogits_CV, hidden_CD)
@@ -96,7 +98,8 @@ class _Chunked(torch.autograd.Function):
 def _add_product(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
     """`dweight += dlogitsᵀ hidden`, the product kept in float32."""
     if dlogits_CV.is_cuda and dlogits_CV.dtype != torch.float32:
-        dweight_VD += torch.mm(dlogits_CV.t(), hidden_CD, out_dtype=torch.float32)
+        product = (dweight_VD, dlogits_CV.t(), hidden_CD)
+        torch.addmm(*product, out_dtype=torch.float32, out=dweight_VD)  # adds up in place
     else:
         dweight_VD += dlogits_CV.t() @ hidden_CD
 
@@ -124,9 +127,66 @@ def _gradients(
     return torch.where(is_real_C1, gradient_CV, 0.0).to(logits_CV.dtype)
 
 
+def cross_entropy_backend(device_type: str) -> str:
+    """What the loss of a chunk of logits, and its gradient, are computed with."""
+    return choose("cross_entropy", ("triton",)) if device_type == "cuda" else TORCH
+
+
 @lru_cache
-def _functions(compiled: bool) -> tuple[Any, Any]:
-    """`_losses` and `_gradients`, on a CUDA device each fused into one pass over the logits."""
+def _function(backend: str, compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What gives the sum of a chunk's losses and, if wanted, its gradients by the logits.
+
+    Torch's way is, on a CUDA device, fused into one pass over the logits for each of the two;
+    Triton's reads them once and leaves the gradients in their place.
+    """
+    if backend != TORCH:
+        return _in_place
     if not compiled:
-        return _losses, _gradients
-    return torch.compile(_losses, dynamic=False), torch.compile(_gradients, dynamic=False)
+        return partial(_apart, _losses, _gradients)
+    losses = torch.compile(_losses, dynamic=False)
+    return partial(_apart, losses, torch.compile(_gradients, dynamic=False))
+
+
+def _apart(
+    losses: Callable[..., tuple[Tensor, Tensor]],
+    gradients: Callable[..., Tensor],
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    scaling: float,
+    ignore_index: int,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    log_sum_C, loss = losses(logits_CV, targets_C, scaling, ignore_index)
+    if not wanted:
+        return loss, logits_CV
+    return loss, gradients(logits_CV, log_sum_C, targets_C, scaling, ignore_index)
+
+
+def _in_place(
+    logits_CV: Tensor, targets_C: Tensor, scaling: float, ignore_index: int, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    from workbench.triton_cross_entropy import cross_entropy
+
+    losses_C = cross_entropy(logits_CV, targets_C, scaling, ignore_index, wanted)
+    return losses_C.sum(), logits_CV
+
+
+def _probe() -> None:
+    """Run the kernel, and hold it against torch's."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for tokens, entries in ((3, 17), (5, 9001)):
+        logits_CV = 4 * torch.randn(tokens, entries, device="cuda", generator=generator).bfloat16()
+        targets_C = torch.randint(entries, (tokens,), device="cuda", generator=generator)
+        targets_C[1] = -100
+        log_sum_C, wanted = _losses(logits_CV, targets_C, 2.0, -100)
+        gradients_CV = _gradients(logits_CV, log_sum_C, targets_C, 2.0, -100)
+        found, logits_CV = _in_place(logits_CV, targets_C, 2.0, -100, True)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(logits_CV, gradients_CV, rtol=2e-2, atol=1e-4)
+
+
+CROSS_ENTROPY = Operation(
+    "cross_entropy",
+    [Backend(name="triton", probe=_probe, install="pip install triton")],
+    home=__name__,
+)

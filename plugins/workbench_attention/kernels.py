@@ -9,7 +9,6 @@ Shape suffixes: B batch, H query heads, K key-value heads, T tokens, P head dim.
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -61,8 +60,10 @@ def causal_attention(
     windowed = window is not None and length > window
     backend = attention_backend(q_BHTP.device.type, q_BHTP.dtype, head_dim, windowed)
     if backend == "flash-attn":
+        from flash_attn import flash_attn_func  # calling import_module would break the graph
+
         reach = (window - 1, 0) if windowed and window is not None else (-1, -1)
-        y_BTHP = import_module("flash_attn").flash_attn_func(
+        y_BTHP = flash_attn_func(
             *(tensor.transpose(1, 2) for tensor in (q_BHTP, k_BKTP, v_BKTP)),
             softmax_scale=scale,
             causal=True,
@@ -110,8 +111,10 @@ def flash_attn_lacks(head_dim: int, dtype: torch.dtype) -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     try:
+        from flash_attn import flash_attn_func
+
         x_BTHP = torch.zeros(1, 8, 1, head_dim, device="cuda", dtype=dtype)
-        import_module("flash_attn").flash_attn_func(x_BTHP, x_BTHP, x_BTHP, causal=True)
+        flash_attn_func(x_BTHP, x_BTHP, x_BTHP, causal=True)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -148,16 +148,34 @@ def test_captured_generation_draws_what_eager_draws(builder, sampling):
         assert (again == captured).all()
 
 
-def test_chunked_cross_entropy_is_torchs():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("vocabulary", [1000, 50280])
+@pytest.mark.parametrize("scaling", [1.0, 7.0])
+def test_chunked_cross_entropy_is_torchs(backend, vocabulary, scaling):
+    prefer({"cross_entropy": backend})
+    torch.manual_seed(0)
     hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
-    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
-    targets = torch.randint(1000, (300,), device="cuda")
+    weight = torch.randn(vocabulary, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(vocabulary, (300,), device="cuda")
     targets[::7] = -100
-    wanted = F.cross_entropy(hidden @ weight.t(), targets)
+    wanted = F.cross_entropy(hidden @ weight.t() / scaling, targets)
     reference = torch.autograd.grad(wanted, (hidden, weight))
     for half, tolerance in ((False, 1e-3), (True, 3e-2)):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
-            found = linear_cross_entropy(hidden, weight, targets, chunk=128)
+            found = linear_cross_entropy(hidden, weight, targets, scaling=scaling, chunk=128)
         assert error(found, wanted) < tolerance
         for one, other in zip(torch.autograd.grad(found, (hidden, weight)), reference, strict=True):
             assert error(one, other) < tolerance
+
+
+def test_cross_entropy_of_unlikely_and_of_broken_logits_is_torchs():
+    from workbench.triton_cross_entropy import cross_entropy
+
+    logits = 4 * torch.randn(4, 5000, device="cuda")
+    logits[0, :4500] = -float("inf")
+    logits[1, 7] = float("nan")
+    logits[2] *= 1e4
+    targets = torch.tensor([4999, 3, 5, -100], device="cuda")
+    wanted = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    found = cross_entropy(logits, targets, 1.0, -100, False)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)

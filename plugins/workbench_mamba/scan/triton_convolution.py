@@ -18,7 +18,7 @@ from workbench_mamba.scan.triton_rows import row_stride
 
 MAX_WIDTH = 4  # inputs that the kernels hold at a time
 TOKENS = 128  # that a program walks along
-ROWS = 4  # loaded at a time
+FORWARD_ROWS, BACKWARD_ROWS = 8, 4  # loaded at a time
 
 
 def conv_forward(
@@ -43,7 +43,7 @@ def conv_forward(
     conv_forward_kernel[grid](
         *(x_BLC, weight_CW, bias_C, documents_BL, state_BCW, y_BLC, length),
         *(channels, row_stride(x_BLC), bias_C is not None, documents_BL is not None),
-        *(state_BCW is not None, weight_CW.shape[1], tokens, ROWS, block),
+        *(state_BCW is not None, weight_CW.shape[1], tokens, FORWARD_ROWS, block),
         num_warps=max(1, block // 128),
     )
     return y_BLC
@@ -64,7 +64,7 @@ def conv_backward(
     """
     batch, length, channels = x_BLC.shape
     inner, shared = dy_parts[0].shape[2], dy_parts[1].shape[2]
-    block = 128
+    block = 64
     while inner % block or shared % block:
         block //= 2
     tokens, width = tokens_of(length), weight_CW.shape[1]
@@ -74,7 +74,7 @@ def conv_backward(
         *dy_parts,
         *(x_BLC, weight_CW, bias_C, documents_BL, dx_BLC, partial, length),
         *(channels, inner, shared, row_stride(x_BLC), row_stride(dx_BLC)),
-        *(bias_C is not None, documents_BL is not None, width, tokens, ROWS, block),
+        *(bias_C is not None, documents_BL is not None, width, tokens, BACKWARD_ROWS, block),
         num_warps=1,
     )
     sums = partial.sum(0)
@@ -84,7 +84,7 @@ def conv_backward(
 
 def tokens_of(length: int) -> int:
     """Tokens of a program: a power of two, no more than a short row needs."""
-    return max(ROWS, min(TOKENS, triton.next_power_of_2(length)))
+    return max(FORWARD_ROWS, min(TOKENS, triton.next_power_of_2(length)))
 
 
 @triton.jit

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .triton_selective_plan import (
+    CHUNK,
     Inputs,
     Plan,
-    chunk_size,
     contiguous_channels,
     float32,
     kept_dtype,
@@ -60,7 +60,7 @@ class Gradients(NamedTuple):
 
 def checkpoint_shape(batch: int, length: int, channels: int, n_state: int) -> tuple[int, ...]:
     """Of what `selective_scan_forward` saves, in `kept_dtype` of u's."""
-    return (batch, -(-length // chunk_size()), n_state, channels)
+    return (batch, -(-length // CHUNK), n_state, channels)
 
 
 def selective_scan_forward(
@@ -120,7 +120,7 @@ def _launch_forward(
 
     plan, u, delta = inputs.plan, inputs.u, inputs.delta
     local, decays = segment_buffers(plan, u)
-    constants = {**inputs.constants, "U_ROW": u.stride(1), "T": plan.tokens}
+    constants = {**inputs.constants, "U_ROW": u.stride(1)}
     strides = (u.stride(0), delta.stride(0))
     read = (u, delta, inputs.A_ND, inputs.packed)
     sizes = (inputs.seq_stride, plan.length, plan.segment, plan.segments)
@@ -139,7 +139,6 @@ def _launch_forward(
         HAS_INITIAL=initial is not None,
         SAVE=save,
         PLAIN=y is not None,
-        CHUNK=chunk_size(),
         **constants,
     )
 
@@ -175,25 +174,26 @@ def selective_scan_backward(
     rows = plan.batch * plan.segments
     du, ddelta = u_BLD.new_empty(shape), delta_BLD.new_empty(shape)
     dinitial = None if initial_state_BDN is None else float32(u_BLD, plan.batch, *state)
-    dA, dD = float32(u_BLD, rows, *state), float32(u_BLD, rows, plan.channels)
-    dbias = torch.empty_like(dD)
+    # Of each program, of A, then of D and the bias: one sum over programs serves all.
+    totals = float32(u_BLD, rows, plan.n_state + 2, plan.channels)
     exact = torch.float32 in (u_BLD.dtype, B_BLN.dtype)
     partial = u_BLD.new_empty(
         (plan.blocks, plan.batch * plan.length, 2, plan.N),
         dtype=torch.float32 if exact else torch.bfloat16,
     )
     dfinal = None if dfinal_BDN is None else states_first(dfinal_BDN)
-    written = (du, ddelta, dinitial, dA, dD, dbias, partial)
+    written = (du, ddelta, dinitial, totals, partial)
     _launch_backward(inputs, contiguous_channels(dy_BLD), dfinal, checkpoints, written, exact)
     if dB_BLN is None:
         dB_BLN = B_BLN.new_empty(B_BLN.shape)
     if dC_BLN is None:
         dC_BLN = C_BLN.new_empty(C_BLN.shape)
     _sum_partials(plan, partial, dB_BLN, dC_BLN)
+    dA_ND, dD, dbias = totals.sum(0).tensor_split((plan.n_state, plan.n_state + 1))
     return Gradients(
-        *(du, ddelta, dA.sum(0).t().contiguous(), dB_BLN, dC_BLN),
-        None if D_D is None else dD.sum(0),
-        None if delta_bias_D is None else dbias.sum(0),
+        *(du, ddelta, dA_ND.t().contiguous(), dB_BLN, dC_BLN),
+        None if D_D is None else dD[0].clone(),  # operators may not return views of one
+        None if delta_bias_D is None else dbias[0].clone(),
         None if dinitial is None else dinitial.transpose(1, 2).contiguous(),
     )
 
@@ -207,11 +207,10 @@ def _launch_backward(
     exact: bool,
 ) -> None:
     from .triton_selective_backward import scan_backward, segment_adjoints
-    from .triton_selective_steps import interpreted
 
     plan, u, delta = inputs.plan, inputs.u, inputs.delta
     local, decays = segment_buffers(plan, u)
-    constants = {**inputs.constants, "DY_ROW": dy.stride(1), "T": plan.tokens}
+    constants = {**inputs.constants, "DY_ROW": dy.stride(1)}
     sizes = (inputs.seq_stride, plan.length, plan.segment, plan.segments)
     read = (inputs.A_ND, inputs.packed)
     if plan.segments > 1:
@@ -228,10 +227,7 @@ def _launch_backward(
         HAS_D=inputs.skip_D is not None,
         HAS_INITIAL=written[2] is not None,
         HAS_DFINAL=dfinal is not None,
-        ASSEMBLY=not interpreted(),
         EXACT=exact,
-        PARTS=chunk_size() // plan.tokens,
-        maxnreg=plan.registers,
         **constants,
     )
 

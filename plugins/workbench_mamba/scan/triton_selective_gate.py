@@ -56,7 +56,7 @@ def gate_backward_kernel(
     dout_RK = tl.load(dout + at_RK, mask=keep_RK, other=0.0).to(tl.float32)
     y_RK = tl.load(y + at_RK, mask=keep_RK, other=0.0).to(tl.float32)
     z_RK = tl.load(z + row_R1 * Z_ROW + c_1K, mask=keep_RK, other=0.0).to(tl.float32)
-    sigmoid_RK = sigmoid(z_RK)
+    sigmoid_RK = sigmoid(z_RK, False)
     gate_RK = z_RK * sigmoid_RK
     slope_RK = sigmoid_RK + gate_RK * (1.0 - sigmoid_RK)
     dz_RK = (dout_RK * y_RK * slope_RK).to(dz.dtype.element_ty)

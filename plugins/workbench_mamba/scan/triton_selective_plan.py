@@ -11,26 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Channels and warps of a program. Forward, a lane has all states of one channel, and needs no other
-# for the sum over them. Backward, two lanes share one, as the sums over channels want it.
-FORWARD_CHANNELS, FORWARD_WARPS = 128, 4
-BACKWARD_CHANNELS, BACKWARD_WARPS = 16, 1
-# Tokens that a loop's body unrolls, forward and backward.
-FORWARD_TOKENS, BACKWARD_TOKENS = 2, 2
-# Unrolled bodies between two kept states: with more, fewer states are kept, but the inputs of so
-# many tokens spill registers, and the whole backward pass is slower for it.
-PARTS = 2
-# Most registers of a lane in the backward pass, so that 3 warps fit a multiprocessor's quarter.
+# Channels of a program, which is one warp: two lanes share a channel's states, as the backward
+# pass's sums over channels want it.
+CHANNELS = 16
+# Tokens of a loop's body, and from one kept state to the next. With fewer, each body waits as long
+# for its own first results; with more, inputs and states no longer fit the registers.
+CHUNK = 4
+# Most registers of a lane, so that 3 warps fit a multiprocessor's quarter.
 REGISTERS = 168
 # Programs that fill a multiprocessor well enough that cutting time costs more than it gains.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 10
 # Tokens that a segment has at the least.
 LEAST_SEGMENT = 128
-
-
-def chunk_size() -> int:
-    """Tokens from one kept state to the next."""
-    return BACKWARD_TOKENS * PARTS
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,21 +41,18 @@ class Plan:
     N: int
     segments: int
     segment: int
-    tokens: int
-    block: int
-    warps: int
 
     @property
     def blocks(self) -> int:
-        return -(-self.channels // self.block)
+        return -(-self.channels // CHANNELS)
 
     @property
     def chunks(self) -> int:
-        return -(-self.length // chunk_size())
+        return -(-self.length // CHUNK)
 
     @property
     def registers(self) -> int | None:
-        """Most registers of a lane in the backward pass; None for the compiler's choice."""
+        """Most registers of a lane; None for the compiler's choice."""
         return REGISTERS if self.N <= 16 else None
 
     @property
@@ -72,11 +61,11 @@ class Plan:
         return {
             "D_SIZE": self.channels,
             "N_SIZE": self.n_state,
-            "WHOLE": self.length % chunk_size() == 0,
-            "EVEN": self.channels % self.block == 0,
+            "WHOLE": self.length % CHUNK == 0,
+            "EVEN": self.channels % CHANNELS == 0,
             "N": self.N,
-            "BD": self.block,
-            "num_warps": self.warps,
+            "BD": CHANNELS,
+            "num_warps": 1,
         }
 
 
@@ -101,47 +90,41 @@ class Inputs:
     @property
     def constants(self) -> dict[str, Any]:
         """Those of every kernel that goes through time."""
+        from .triton_selective_steps import interpreted
+
         return {
             **self.plan.constants,
             "HAS_BIAS": self.bias_D is not None,
             "HAS_SEQ": self.seq_BL is not None,
             "SOFTPLUS": self.softplus,
+            "ASSEMBLY": not interpreted(),
+            "CHUNK": CHUNK,
+            "maxnreg": self.plan.registers,
             "DELTA_ROW": self.delta.stride(1),
         }
 
 
 def plan_forward(u_BLD: Tensor, n_state: int, segments: int | None) -> Plan:
     """Sizes of a launch in `segments` parts of the time, by default as many as fill the device."""
-    size = (FORWARD_TOKENS, FORWARD_CHANNELS, FORWARD_WARPS)
-    return _plan(u_BLD, n_state, *size, FORWARD_PROGRAMS, segments)
+    return _plan(u_BLD, n_state, FORWARD_PROGRAMS, segments)
 
 
 def plan_backward(u_BLD: Tensor, n_state: int, segments: int | None) -> Plan:
     """The same for the backward pass."""
-    size = (BACKWARD_TOKENS, BACKWARD_CHANNELS, BACKWARD_WARPS)
-    return _plan(u_BLD, n_state, *size, BACKWARD_PROGRAMS, segments)
+    return _plan(u_BLD, n_state, BACKWARD_PROGRAMS, segments)
 
 
-def _plan(
-    u_BLD: Tensor,
-    n_state: int,
-    tokens: int,
-    block: int,
-    warps: int,
-    programs: int,
-    segments: int | None,
-) -> Plan:
+def _plan(u_BLD: Tensor, n_state: int, programs: int, segments: int | None) -> Plan:
     batch, length, channels = u_BLD.shape
     if segments is None:
         wanted = programs * multiprocessors(u_BLD.device)
-        at_once = batch * -(-channels // block) * warps
+        at_once = batch * -(-channels // CHANNELS)
         # Every segment is read twice, so only as many as fill the device.
         segments = max(1, min(wanted // at_once, 16, length // LEAST_SEGMENT))
-    chunks = -(-length // chunk_size())
-    segment = -(-chunks // segments) * chunk_size()
+    chunks = -(-length // CHUNK)
+    segment = -(-chunks // segments) * CHUNK
     N = max(16, 1 << (n_state - 1).bit_length())
-    parts = -(-length // segment)
-    return Plan(batch, length, channels, n_state, N, parts, segment, tokens, block, warps)
+    return Plan(batch, length, channels, n_state, N, -(-length // segment), segment)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -201,7 +184,7 @@ def _pack(B_BLN: Tensor, C_BLN: Tensor, plan: Plan) -> Tensor:
     from .triton_selective_forward import pack_projections
 
     rows, block = plan.batch * plan.length, 32
-    padded = rows + chunk_size()
+    padded = rows + 2 * CHUNK  # what loops fetch ahead, of a last chunk that is not whole
     packed = torch.empty((padded, plan.N), dtype=torch.int64, device=B_BLN.device)
     pack_projections[(-(-padded // block),)](
         *(B_BLN, C_BLN, packed, *B_BLN.stride(), *C_BLN.stride(), plan.length),

@@ -21,12 +21,28 @@ def interpreted() -> bool:
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+def log2(x, ASSEMBLY: tl.constexpr):
+    """Of normal numbers, to 22 bits; tl.log2 takes twenty instructions, one after the other."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
 
 @triton.jit
-def step_size(raw_D, bias_D, SOFTPLUS: tl.constexpr):
+def sigmoid(x, ASSEMBLY: tl.constexpr):
+    """1 / (1 + e^-x); with ASSEMBLY to 23 bits."""
+    divisor = 1.0 + tl.exp2(-x * LOG2_E)
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / divisor
+
+
+@triton.jit
+def step_size(raw_D, bias_D, SOFTPLUS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """delta in float32 from what the projection gave, and its slope by that.
 
     With SOFTPLUS, the bias is added, and softplus' slope is e^x / (1 + e^x): one more power.
@@ -36,7 +52,7 @@ def step_size(raw_D, bias_D, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
         power_D = tl.minimum(x_D, IDENTITY_ABOVE) * LOG2_E
         e_D = tl.exp2(power_D)
-        log_D = tl.log2(1.0 + e_D)
+        log_D = log2(1.0 + e_D, ASSEMBLY)
         slope_D = tl.exp2(power_D - log_D)
         series_D = e_D * (1.0 - e_D * (0.5 - e_D * 0.33333334))
         positive_D = tl.where(e_D < SERIES_BELOW, series_D, log_D * LN_2)
@@ -45,11 +61,14 @@ def step_size(raw_D, bias_D, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def step_sizes(raw, bias_D, t, last, T: tl.constexpr, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr):
+def step_sizes(
+    raw, bias_D, t, last,
+    T: tl.constexpr, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     """The deltas of T tokens from t on, and their slopes; zero from `last` on: the state stays."""
     deltas, slopes = (), ()
     for j in tl.static_range(T):
-        delta_D, slope_D = step_size(raw[j], bias_D, SOFTPLUS)
+        delta_D, slope_D = step_size(raw[j], bias_D, SOFTPLUS, ASSEMBLY)
         if not WHOLE:
             delta_D = tl.where(t + j < last, delta_D, 0.0)
             slope_D = tl.where(t + j < last, slope_D, 0.0)
@@ -91,22 +110,21 @@ def store_token(at_D, value_D, t, last, mask_D, WHOLE: tl.constexpr, EVEN: tl.co
 
 
 @triton.jit
-def load_pair(row, N: tl.constexpr, BD: tl.constexpr):
-    """B and C of the token whose packed row is given, for each of BD channels.
+def load_row(row, N: tl.constexpr, BD: tl.constexpr):
+    """B and C of the token whose packed row is given, yet to be split, for each of BD channels.
 
-    They lie in the halves of one 64-bit number: a lane's states are apart, so that wider loads
-    would not serve it. Broadcast here, so that a loop keeps them in the layout they are used in.
+    They lie in the halves of one 64-bit number. Broadcast here, so that a loop keeps them in the
+    layout they are used in.
     """
-    return split_pair(tl.broadcast_to(tl.load(row + tl.arange(0, N))[:, None], (N, BD)))
+    return tl.broadcast_to(tl.load(row + tl.arange(0, N))[:, None], (N, BD))
 
 
 @triton.jit
-def load_pairs(row, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
-    """B and C of T tokens, yet to be split."""
+def load_rows(row, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+    """Those of T tokens."""
     pairs = ()
     for j in tl.static_range(T):
-        pair_N = tl.load(row + j * N + tl.arange(0, N))
-        pairs = pairs + (tl.broadcast_to(pair_N[:, None], (N, BD)),)  # noqa: RUF005
+        pairs = pairs + (load_row(row + j * N, N, BD),)  # noqa: RUF005
     return pairs
 
 
@@ -147,6 +165,27 @@ def state_at(index, n_N, d_D, N_SIZE, D_SIZE, zero):
     """
     row = index.to(tl.int64) * N_SIZE
     return (row + n_N[:, None]) * D_SIZE + d_D[None, :] + zero
+
+
+@triton.jit
+def load_state(kept_D, n_N, mask_ND, D_SIZE: tl.constexpr, ALL: tl.constexpr):
+    """The kept state whose first row lies at `kept_D`; ALL: nothing is masked."""
+    at_ND = kept_D[None, :] + n_N[:, None] * D_SIZE
+    if ALL:
+        return tl.load(at_ND)
+    else:  # noqa: RET505 (chosen at compile time)
+        return tl.load(at_ND, mask=mask_ND, other=0.0)
+
+
+@triton.jit
+def store_state(kept_D, h_ND, n_N, mask_ND, D_SIZE: tl.constexpr, ALL: tl.constexpr):
+    """Keep a state; one address serves all its rows, which lie a constant apart."""
+    at_ND = kept_D[None, :] + n_N[:, None] * D_SIZE
+    h_ND = h_ND.to(kept_D.dtype.element_ty)
+    if ALL:
+        tl.store(at_ND, h_ND)
+    else:
+        tl.store(at_ND, h_ND, mask=mask_ND)
 
 
 @triton.jit
