@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from workbench import config as configs
+from workbench import linear_cross_entropy, linear_step  # noqa: F401 (they define operations)
 from workbench.costs import Costs
 from workbench.data import DataSource
 from workbench.discovery import Plugins, discover, register_all

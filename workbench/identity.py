@@ -48,11 +48,11 @@ def identity(place: Workplace, space: Space) -> dict[str, Any]:
 
 
 def used_backends(place: Workplace) -> dict[str, list[str]]:
-    """`kernels.in_use` of the operations of those plugins that the study uses."""
+    """`kernels.in_use` of workbench's own operations and those of plugins that the study uses."""
     used = used_plugins(place.config, place.builder)
     loaded = place.builder.plugins.loaded
     packages = {loaded[name].module.partition(".")[0] for name in used if name in loaded}
-    return kernels.in_use(place.device, packages)
+    return kernels.in_use(place.device, packages | {"workbench"})
 
 
 def used_plugins(config: StudyConfig, builder: Builder) -> dict[str, str]:

@@ -41,7 +41,8 @@ def cross_entropy(
 @triton.jit
 def cross_entropy_kernel(
     logits, targets, losses, ignored, factor,
-    ROW: tl.constexpr, V: tl.constexpr, GRADIENTS: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    ROW: tl.constexpr, V: tl.constexpr, GRADIENTS: tl.constexpr,
+    K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * ROW

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -108,7 +110,7 @@ def test_a_study_prefers_what_it_says_and_the_next_one_does_not(study_data, runs
 
 def test_a_study_resumed_with_other_kernels_is_refused(study_data, runs, monkeypatch):
     def in_use(device, packages):
-        assert "workbench_plugin_toys" in packages
+        assert {"workbench", "workbench_plugin_toys"} <= packages
         return dict(now)
 
     monkeypatch.setattr(kernels, "in_use", in_use)
@@ -121,6 +123,14 @@ def test_a_study_resumed_with_other_kernels_is_refused(study_data, runs, monkeyp
         run(study_data, runs, **{"budget.trials": 3})
     assert "backends.ssd: ['triton', 'torch'] then, ['torch'] now" in str(caught.value)
     assert "scan" not in str(caught.value)
+
+
+def test_the_loss_and_few_rows_are_operations_that_a_study_may_name():
+    code = "from workbench.builder import Builder; from workbench import kernels; "
+    code += "kernels.prefer({'cross_entropy': 'torch', 'linear_step': 'torch'}); "
+    code += "found = kernels.operations(); print(*{found[n].package for n in found})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["workbench"]  # whatever plugins are loaded, or none
 
 
 def test_a_study_from_before_there_were_backends_goes_on(study_data, runs):
