@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from tests.prepared import Prepared, Sources
+from tests.prepared import Checks, Proofs, Sources
 from workbench.executors import process, worker_process
+from workbench.testing import watching
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,13 +25,23 @@ def _few_objects_to_look_through() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proofs]:
     """Where the Hugging Face exporter proves its folders, when it runs in a test's process."""
     from workbench_export import proof
 
-    source = Prepared(tmp_path_factory.mktemp("prepared"))
+    source = Proofs(tmp_path_factory.mktemp("prepared"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "subprocess", source)
+        yield source
+    source.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checks() -> Iterator[Checks]:
+    """Where plugins are checked, when a test's process asks for that."""
+    source = Checks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watching, "subprocess", source)
         yield source
     source.close()
 
@@ -48,3 +60,9 @@ def sources() -> Iterator[Sources]:
 def own_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each study has a source of its own, as in reality."""
     monkeypatch.setattr(process, "ForkSource", worker_process.ForkSource)
+
+
+@pytest.fixture
+def own_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process that checks a plugin begins by itself, as in reality."""
+    monkeypatch.setattr(watching, "subprocess", subprocess)

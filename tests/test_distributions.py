@@ -29,8 +29,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workbench and every package under plugins/, built from what git would commit."""
     folder = tmp_path_factory.mktemp("wheels")
     sources = tmp_path_factory.mktemp("sources")
-    for package in [ROOT, *PACKAGES]:
-        copy = sources / package.name
+    copies = [sources / package.name for package in [ROOT, *PACKAGES]]
+    for package, copy in zip([ROOT, *PACKAGES], copies, strict=True):
         # A build leaves files beside the sources, and reads what earlier builds left.
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=package, capture_output=True, check=True, text=True)
@@ -38,9 +38,9 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if (package / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 (copy / name).write_bytes((package / name).read_bytes())
-        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-        command = [*pip, "--no-build-isolation", "--wheel-dir", str(folder), str(copy)]
-        subprocess.run(command, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command = [*pip, "--disable-pip-version-check", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(folder), *map(str, copies)], check=True)
     return folder
 
 

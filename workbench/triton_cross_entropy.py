@@ -25,7 +25,7 @@ def cross_entropy(
     Args:
         logits_CV: overwritten with the gradients of the sum of the losses, if `gradients`; the
             last dimension contiguous.
-        targets_C: integers below V, or `ignore_index`.
+        targets_C: integers below V, or `ignore_index`. The loss of any other is not a number.
     """
     losses_C = targets_C.new_empty(targets_C.shape, dtype=torch.float32)
     rows, entries = logits_CV.shape
@@ -47,7 +47,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * ROW
     target = tl.load(targets + row)
-    is_real = target != ignored
+    is_real = (target != ignored) & (target >= 0) & (target < V)
     most = -float("inf")
     sums_K = tl.zeros((K,), tl.float32)
     factor2 = factor * LOG2_E
@@ -62,7 +62,8 @@ def cross_entropy_kernel(
         most = higher
     log_sum2 = most + tl.log2(tl.sum(sums_K, 0))
     chosen = tl.load(logits + target, mask=is_real, other=0.0).to(tl.float32) * factor
-    tl.store(losses + row, tl.where(is_real, log_sum2 * LN_2 - chosen, 0.0))
+    loss = tl.where(is_real, log_sum2 * LN_2 - chosen, 0.0)
+    tl.store(losses + row, tl.where(is_real | (target == ignored), loss, float("nan")))
     if GRADIENTS:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
         log_sum2 = tl.where(is_real, log_sum2, 0.0)

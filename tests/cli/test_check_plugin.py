@@ -38,6 +38,7 @@ def line_of(path: Path, text: str) -> int:
     return number
 
 
+@pytest.mark.usefixtures("own_interpreters")
 def test_each_failure_says_what_where_and_how_to_mend(cli: Cli, faulty: Path) -> None:
     result = cli("check-plugin", faulty, "--only", QUICK)
     assert result.status == 1

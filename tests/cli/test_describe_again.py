@@ -1,15 +1,20 @@
-"""`workbench describe` again: without torch, to the same bytes, and never what is no longer so."""
+"""`workbench describe` again: without torch, to the same bytes, and never what is no longer so.
+
+Most processes here are forked from one that has torch at hand, and have imported it once they do.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.prepared import Interpreter
 from workbench.description_cache import FOLDER, cache_folder
 
 CODE = """
@@ -94,21 +99,36 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache/descriptions"
 
 
-def describe(*arguments: str | Path) -> Described:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", CODE, "describe", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+Run = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
+
+
+def really(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in a new process."""
+    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    made = Interpreter("-P", ("torch",), hidden=("torch",))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def quickly(kept: Path, interpreter: Interpreter) -> Run:
+    """Run a command in a process that is forked."""
+    return lambda command: interpreter.run(command, os.environ)
+
+
+def describe(run: Run, *arguments: str | Path) -> Described:
+    done = run([sys.executable, "-P", "-c", CODE, "describe", *map(str, arguments)])
     assert done.returncode == 0, done.stderr
     return Described(done.stdout, done.stderr)
 
 
-def can_do_without_torch(name: str) -> bool:
+def can_do_without_torch(run: Run, name: str) -> bool:
     """Whether a description is found; without one, torch is needed."""
-    command = [sys.executable, "-P", "-c", NO_TORCH + CODE, "describe", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run([sys.executable, "-P", "-c", NO_TORCH + CODE, "describe", name])
     assert done.returncode == 0 or "torch is not for this process" in done.stderr
     return done.returncode == 0
 
@@ -136,24 +156,24 @@ def install(folder: Path) -> None:
 def test_the_second_call_imports_no_torch_and_prints_the_same(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = describe("hybrid-slm-1.3b")
-    again = describe("hybrid-slm-1.3b")
+    first = describe(really, "hybrid-slm-1.3b")
+    again = describe(really, "hybrid-slm-1.3b")
     assert (first.is_new, again.is_new) == (True, False)
     assert again.out == first.out
     assert "stated (claimed)" in first.out
     assert len(list(kept.iterdir())) == 1
-    data = describe("hybrid-slm-1.3b", "--json")
+    data = describe(really, "hybrid-slm-1.3b", "--json")
     assert not data.is_new
     monkeypatch.setenv(FOLDER, "")
-    assert data.out == describe("hybrid-slm-1.3b", "--json").out
+    assert data.out == describe(really, "hybrid-slm-1.3b", "--json").out
     assert len(list(kept.iterdir())) == 1
 
 
-def test_conditions_have_descriptions_of_their_own(kept: Path) -> None:
+def test_conditions_have_descriptions_of_their_own(kept: Path, quickly: Run) -> None:
     options = ("--context", "77", "--batch-size", "3", "--dtype", "float32")
-    first = describe("mamba-glm-tiny", *options)
-    assert describe("mamba-glm-tiny").is_new
-    again = describe("mamba-glm-tiny", *options)
+    first = describe(quickly, "mamba-glm-tiny", *options)
+    assert describe(quickly, "mamba-glm-tiny").is_new
+    again = describe(quickly, "mamba-glm-tiny", *options)
     assert not again.is_new
     assert again.out == first.out
     assert "Context 77 tokens; state of 3 sequences; 4 bytes an element" in " ".join(
@@ -163,7 +183,7 @@ def test_conditions_have_descriptions_of_their_own(kept: Path) -> None:
 
 @pytest.mark.parametrize("way", ["plugin folder", "distribution"])
 def test_a_plugin_that_changes_is_described_as_it_is(
-    kept: Path, plugin: Path, way: str, monkeypatch: pytest.MonkeyPatch
+    kept: Path, quickly: Run, plugin: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(plugin))
     arguments: tuple[str | Path, ...] = ("idle-lm",)
@@ -172,16 +192,16 @@ def test_a_plugin_that_changes_is_described_as_it_is(
     else:
         arguments = ("idle-lm", "--plugin-dir", plugin)
     embedding_and_norms = 16 * 10 + 2 * 16
-    assert describe(*arguments).parameters == 2000 + embedding_and_norms
-    assert not describe(*arguments).is_new
+    assert describe(quickly, *arguments).parameters == 2000 + embedding_and_norms
+    assert not describe(quickly, *arguments).is_new
     (plugin / "lm_sizes/expand.py").write_text("EXPAND = 3\n")
-    assert describe(*arguments).parameters == 3000 + embedding_and_norms
+    assert describe(quickly, *arguments).parameters == 3000 + embedding_and_norms
     (plugin / "lm_idle.py").write_text(PLUGIN.replace("1000 *", "5000 *"))
-    assert describe(*arguments).parameters == 15_000 + embedding_and_norms
+    assert describe(quickly, *arguments).parameters == 15_000 + embedding_and_norms
     (plugin / "width.json").write_text("32")
-    changed = describe(*arguments)
+    changed = describe(quickly, *arguments)
     assert changed.parameters == 15_000 + 32 * 10 + 2 * 32
-    again = describe(*arguments)
+    again = describe(quickly, *arguments)
     assert not again.is_new
     assert again.out == changed.out
 
@@ -195,37 +215,37 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_a_damaged_entry_is_written_anew(kept: Path) -> None:
-    first = describe("mamba-glm-tiny")
+def test_a_damaged_entry_is_written_anew(kept: Path, quickly: Run) -> None:
+    first = describe(quickly, "mamba-glm-tiny")
     (entry,) = kept.iterdir()
     whole = entry.read_bytes()
     for damage in DAMAGES.values():
-        assert can_do_without_torch("mamba-glm-tiny")
+        assert can_do_without_torch(quickly, "mamba-glm-tiny")
         damage(entry)
-        assert not can_do_without_torch("mamba-glm-tiny")
+        assert not can_do_without_torch(quickly, "mamba-glm-tiny")
         damaged = entry.read_bytes()
         entry.write_bytes(whole)
     entry.write_bytes(damaged)
-    mended = describe("mamba-glm-tiny")
+    mended = describe(quickly, "mamba-glm-tiny")
     assert mended.is_new
     assert mended.out == first.out
-    assert can_do_without_torch("mamba-glm-tiny")
+    assert can_do_without_torch(quickly, "mamba-glm-tiny")
     assert list(kept.iterdir()) == [entry]
 
 
 def test_where_nothing_can_be_written_it_says_so(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: Path, quickly: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     kept_nowhere = tmp_path / "file/cache"
     monkeypatch.setenv(FOLDER, str(kept_nowhere))
-    done = describe("mamba-glm-tiny")
+    done = describe(quickly, "mamba-glm-tiny")
     assert "stated (claimed)" in done.out
     warning, _ = done.err.splitlines()
     assert warning.startswith(f"warning: cannot make the folder {kept_nowhere}")
     assert f"{FOLDER} names another folder" in warning
     monkeypatch.setenv(FOLDER, "")
-    silent = describe("mamba-glm-tiny")
+    silent = describe(quickly, "mamba-glm-tiny")
     assert silent.err == "imports torch\n"
     assert silent.out == done.out
 
@@ -239,19 +259,21 @@ MOODS = {
 
 @pytest.mark.parametrize(("source", "says"), MOODS.values(), ids=MOODS.keys())
 def test_nothing_is_kept_beside_a_plugin_that(
-    kept: Path, tmp_path: Path, source: str, says: str
+    kept: Path, quickly: Run, tmp_path: Path, source: str, says: str
 ) -> None:
     (tmp_path / "moody.py").write_text(source)
-    assert says in describe("mamba-glm-tiny", "--plugin-dir", tmp_path).err
+    assert says in describe(quickly, "mamba-glm-tiny", "--plugin-dir", tmp_path).err
     assert not kept.exists()
 
 
-def test_writers_at_once_leave_one_whole_entry(kept: Path) -> None:
+def test_writers_at_once_leave_one_whole_entry(kept: Path, quickly: Run) -> None:
     command = [sys.executable, "-P", "-c", CODE, "describe", "mamba-glm-tiny"]
-    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    # Variables are named, because readline leaves COLUMNS to children of this process.
+    options = {"env": os.environ, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen(command, **options) for _ in range(3)]
     outs = [writer.communicate()[0] for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    again = describe("mamba-glm-tiny")
+    again = describe(quickly, "mamba-glm-tiny")
     assert not again.is_new
     assert outs == [again.out] * 3
     assert len(list(kept.iterdir())) == 1

@@ -61,11 +61,15 @@ def test_its_own_tests_pass_where_it_is_installed(written: Path, site: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_check_plugin_passes(site: Path, kind: str) -> None:
+def test_check_plugin_passes(
+    cli: Cli, site: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"fresh-{kind}"
-    result = process("check-plugin", name, "--only", QUICK, "--json", PYTHONPATH=str(site))
-    assert result.returncode == 0, result.stdout + result.stderr
-    report = json.loads(result.stdout)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    result = cli("check-plugin", name, "--only", QUICK, "--json")
+    assert result.status == 0, result
+    report = result.json
     assert report["passed"] >= 4
     assert report["failed"] == report["skipped"] == 0
     things = {check["thing"] for check in report["checks"]}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import get_imports
 
-from tests.prepared import Prepared
+from tests.prepared import Proofs
 from workbench.builder import Builder
 from workbench.exporter import ExportReport
 from workbench.layer import Context
@@ -121,7 +121,7 @@ QUANTIZED = Layout(
 
 
 def exported(
-    layout: Layout, builder: Builder, folder: Path, prepared: Prepared, **metadata: Any
+    layout: Layout, builder: Builder, folder: Path, prepared: Proofs, **metadata: Any
 ) -> Exported:
     model = builder.build(layout, seed=1)
     before = model.training, str(model)
@@ -136,7 +136,7 @@ def exported(
     return Exported(model.eval(), report, tokens, seen, untouched)
 
 
-def probe(builder: Builder, folder: Path, tokens: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+def probe(builder: Builder, folder: Path, tokens: Tensor, prepared: Proofs) -> dict[str, Tensor]:
     modules = [found.module for found in builder.plugins.loaded.values()]
     hidden = {"workbench", *(module.partition(".")[0] for module in modules)}
     question, answer = folder.with_name("question"), folder.with_name("answer")
@@ -154,7 +154,7 @@ def probe(builder: Builder, folder: Path, tokens: Tensor, prepared: Prepared) ->
 
 @pytest.fixture(scope="module")
 def hybrid(
-    stocked: Builder, tmp_path_factory: pytest.TempPathFactory, prepared: Prepared
+    stocked: Builder, tmp_path_factory: pytest.TempPathFactory, prepared: Proofs
 ) -> Exported:
     """Every built-in layer type and a stranger's, tied head, bytes."""
     return exported(HYBRID, stocked, tmp_path_factory.mktemp("hybrid"), prepared)
@@ -162,7 +162,7 @@ def hybrid(
 
 @pytest.fixture(scope="module")
 def quantized(
-    stocked: Builder, tmp_path_factory: pytest.TempPathFactory, prepared: Prepared
+    stocked: Builder, tmp_path_factory: pytest.TempPathFactory, prepared: Proofs
 ) -> Exported:
     """Every quantizer, multipliers, a head of its own, no text."""
     folder = tmp_path_factory.mktemp("quantized")

@@ -1,6 +1,6 @@
 """docs/tutorial-layer.md is true: its files, written as it says, load, pass and build.
 
-Its commands are run as they stand there.
+Its commands are run as they stand there, those that check a plugin in this process.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.workbench.plugin_files import DOCS, builder_of, code_blocks
+from workbench.cli.app import run_app
 from workbench.testing import LayerContract
 
 DOCUMENT = (DOCS / "tutorial-layer.md").read_text(encoding="utf-8")
@@ -69,50 +71,52 @@ def test_its_failures_read_as_the_page_says(folder: Path) -> None:
         assert f"AssertionError: {message}: off by " in result.stdout
 
 
-def workbench(
-    folder: Path, *arguments: str, more: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """One command of the page, in that folder, with more options."""
-    assert ["workbench", *arguments] in COMMANDS
-    command = Path(sys.executable).with_name("workbench")
-    return subprocess.run(
-        [command, *arguments, *more],
-        cwd=folder,
-        # pytest-xdist gives lines a width, to which prose would be wrapped.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Status and output of the page's command that checks the layer alone, with more options."""
+    (folder / "test_token_shift.py").unlink()
+    monkeypatch.chdir(folder.parent)
+    # pytest-xdist gives lines a width, to which prose would be wrapped.
+    monkeypatch.setenv("COLUMNS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(*more: str) -> tuple[int, str]:
+        command = ["workbench", "check-plugin", "my_layers/token_shift.py"]
+        assert command in COMMANDS
+        status = run_app([*command[1:], *more])
+        return status, capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_check_plugin_passes_as_the_page_says(folder: Path) -> None:
-    (folder / "test_token_shift.py").unlink()
-    result = workbench(folder.parent, "check-plugin", "my_layers/token_shift.py")
-    assert result.returncode == 0, result.stdout
-    assert result.stdout.splitlines()[-1].startswith("token_shift: ")
+def test_check_plugin_passes_as_the_page_says(check: Callable[..., tuple[int, str]]) -> None:
+    status, out = check()
+    assert status == 0, out
+    assert out.splitlines()[-1].startswith("token_shift: ")
 
 
-def test_check_plugin_reports_as_the_page_says(folder: Path) -> None:
-    (folder / "test_token_shift.py").unlink()
+def test_check_plugin_reports_as_the_page_says(
+    folder: Path, check: Callable[..., tuple[int, str]]
+) -> None:
     leaky = LAYER.replace("context.mask_padding(x_BTD)", "x_BTD")
     (folder / "token_shift.py").write_text(leaky, encoding="utf-8")
-    result = workbench(
-        folder.parent, "check-plugin", "my_layers/token_shift.py", more=("--only", "padding")
-    )
-    assert result.returncode == 1
-    assert REPORT in result.stdout
+    status, out = check("--only", "padding")
+    assert status == 1
+    assert REPORT in out
     (line,) = [i for i, text in enumerate(leaky.splitlines(), 1) if "def forward(" in text]
-    assert f"look at:   {folder / 'token_shift.py'}:{line}\n" in result.stdout
-    assert "mend:      Use `context.attention_mask_BT`" in result.stdout
+    assert f"look at:   {folder / 'token_shift.py'}:{line}\n" in out
+    assert "mend:      Use `context.attention_mask_BT`" in out
 
 
 def test_a_package_is_begun_as_the_page_says(tmp_path: Path) -> None:
-    result = workbench(tmp_path, "new-plugin", "token-mixer", "--kind", "layer")
+    command = ["workbench", "new-plugin", "token-mixer", "--kind", "layer"]
+    after = COMMANDS.index(command)
+    result = run(tmp_path, str(Path(sys.executable).with_name("workbench")), *command[1:])
     assert result.returncode == 0, result.stderr
     shown = [shlex.split(line) for line in result.stdout.splitlines() if "token-mixer" in line]
-    after = COMMANDS.index(["workbench", "new-plugin", "token-mixer", "--kind", "layer"])
     assert shown[1:4] == COMMANDS[after + 1 :]
     assert (tmp_path / "token-mixer" / "pyproject.toml").is_file()
 

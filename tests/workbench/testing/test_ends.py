@@ -144,6 +144,7 @@ def test_what_has_nothing_to_do_with_it_runs_when_patience_is_at_its_end(
     assert "not run: checks like it ended the process or hung (1 so far)" in reasons
 
 
+@pytest.mark.usefixtures("own_interpreters")
 def test_a_thing_that_ends_the_process_before_it_has_configs_is_left_out(path: Path) -> None:
     check = f"    @classmethod\n    def check(cls, d_model, config):\n        {EXIT}\n"
     other = f"class Other(Good):\n{check}\n\n"
@@ -175,10 +176,10 @@ def test_a_plugin_that_ends_the_process_at_import_is_a_failure(path: Path) -> No
 def test_a_plugin_that_hangs_at_import_is_a_failure(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking, "LOADING", 30.0)
+    monkeypatch.setattr(checking, "LOADING", 10.0)
     report = checked(path, at_import("while True: __import__('time').sleep(1)"))
     failed = failure(report)
-    assert failed.message == "did not end within 30 s while it was loaded"
+    assert failed.message == "did not end within 10 s while it was loaded"
     assert failed.line == line_of(path, "while True")
 
 
