@@ -41,6 +41,9 @@ __all__ = [
 
 Progress = Callable[[dict[str, float]], None]
 
+# What a checkpoint holds of a run beside tensors: how far it is.
+PROGRESS = ("step", "seconds", "preparing_seconds", "curve")
+
 
 class CheckpointError(WorkbenchError):
     """A file that is no whole checkpoint: it was cut off, say. To go on, delete it."""
@@ -212,12 +215,7 @@ class TrainingRun:
         return tensors
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        progress = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "preparing_seconds": self.preparing_seconds,
-            "curve": self.curve,
-        }
+        progress = {name: getattr(self, name) for name in PROGRESS}
         metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(progress)}
         with replacing(path) as temporary:
             _save(tensors, temporary, metadata)
@@ -245,6 +243,11 @@ class TrainingRun:
             raise WorkbenchError(f"checkpoint {path} cannot be read: {error}") from None
         if not same:
             raise WorkbenchError(f"checkpoint {path} belongs to another run: delete it")
+        wanted = {f"model.{name}": value.shape for name, value in _tensors(self.model).items()}
+        found = {name: value.shape for name, value in tensors.items() if name in wanted}
+        knows = all(name in progress for name in PROGRESS)
+        if found != wanted or "rng" not in tensors or not knows:
+            raise CheckpointError(f"checkpoint {path} is damaged (it lacks a part): delete it")
         return tensors, progress
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
@@ -256,9 +259,8 @@ class TrainingRun:
         torch.set_rng_state(tensors["rng"].cpu())
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self.model.device)
-        self.step, self.seconds = progress["step"], progress["seconds"]
-        self.preparing_seconds = progress["preparing_seconds"]
-        self.curve = progress["curve"]
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
 
 
 def _tensors(model: HybridLM) -> dict[str, Tensor]:

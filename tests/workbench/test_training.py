@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 from torch import nn
 
 from tests.workbench.conftest import TOYS
@@ -87,6 +89,27 @@ def test_a_strange_or_damaged_checkpoint_is_refused(builder, data, tmp_path):
         checkpoint.write_bytes(damage)
         with pytest.raises(CheckpointError, match=r"is damaged .*: delete it"):
             train(make_model(builder), data, eager, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_that_lacks_a_part_is_damaged(builder, data, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    train(make_model(builder), data, CONFIG, checkpoint=checkpoint, stop=2)
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weight = next(name for name in tensors if name.startswith("model."))
+    short = json.dumps({"step": 2})
+    for damaged, said in (
+        ({k: v for k, v in tensors.items() if k != weight}, metadata),
+        ({k: v for k, v in tensors.items() if k != "rng"}, metadata),
+        (tensors | {weight: tensors[weight][:1]}, metadata),
+        (tensors, metadata | {"progress": short}),
+    ):
+        save_file(damaged, checkpoint, said)
+        with pytest.raises(CheckpointError, match="lacks a part"):
+            train(make_model(builder), data, CONFIG, checkpoint=checkpoint)
+    save_file(tensors, checkpoint, metadata)
+    assert train(make_model(builder), data, CONFIG, checkpoint=checkpoint).curve
 
 
 def test_a_checkpoint_that_cannot_be_opened_now_is_not_called_damaged(
