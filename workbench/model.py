@@ -275,3 +275,22 @@ class HybridLM(nn.Module):
             ignore_index=IGNORE,
             reduction=reduction,
         )
+
+
+def backends_of(model: HybridLM, *, half: bool = False) -> dict[str, dict[str, str]]:
+    """What each layer type's operations run on: layer → operation → backend (`Layer.backends`).
+
+    Args:
+        half: whether activations are bfloat16 (autocast), not of the weights' dtype.
+
+    Returns:
+        Blocks of a type that differ (in their sizes, say) are joined by commas.
+    """
+    dtype = torch.bfloat16 if half else model.embedding.weight.dtype
+    found: dict[str, dict[str, str]] = {}
+    for block, layer in zip(model.layout.blocks, model.layers, strict=True):
+        known = found.setdefault(block.layer, {})
+        for operation, backend in layer.backends(dtype).items():
+            seen = known[operation].split(", ") if operation in known else []
+            known[operation] = ", ".join(dict.fromkeys([*seen, backend]))
+    return found

@@ -30,7 +30,7 @@ from workbench.guard import Guard, guarded
 from workbench.kernel_caches import use_kernel_caches
 from workbench.layout import Layout
 from workbench.metric import Metric, Stage, Subject
-from workbench.model import HybridLM
+from workbench.model import HybridLM, backends_of
 from workbench.quantizer import QuantizationReport
 from workbench.rungs import measure_rung, rung_metrics
 from workbench.stages import has_stage, measure_stage
@@ -350,25 +350,6 @@ def _trained(
         verdict.details["restarted"] = str(error)
         checkpoint.unlink(missing_ok=True)
         return _trained(place, model, checkpoint, verdict, record, stop)
-
-
-def backends_of(model: HybridLM, *, half: bool = False) -> dict[str, dict[str, str]]:
-    """What each layer type's operations run on: layer → operation → backend (`Layer.backends`).
-
-    Args:
-        half: whether activations are bfloat16 (autocast), not of the weights' dtype.
-
-    Returns:
-        Blocks of a type that differ (in their sizes, say) are joined by commas.
-    """
-    dtype = torch.bfloat16 if half else model.embedding.weight.dtype
-    found: dict[str, dict[str, str]] = {}
-    for block, layer in zip(model.layout.blocks, model.layers, strict=True):
-        known = found.setdefault(block.layer, {})
-        for operation, backend in layer.backends(dtype).items():
-            seen = known[operation].split(", ") if operation in known else []
-            known[operation] = ", ".join(dict.fromkeys([*seen, backend]))
-    return found
 
 
 def _quantize(builder: Builder, model: HybridLM, verdict: Verdict, emit: Emit) -> bool:

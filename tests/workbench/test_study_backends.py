@@ -13,8 +13,8 @@ from tests.workbench.studies import run
 from workbench import Block, Layout, WorkbenchError, kernels
 from workbench.builder import Builder
 from workbench.executors import Job
+from workbench.model import backends_of
 from workbench.study_config import StudyConfig
-from workbench.trial import backends_of
 
 NOTING = """
 from workbench import Metric, hookimpl

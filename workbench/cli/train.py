@@ -319,7 +319,7 @@ def _finish(
     """Judge the model and write what came of it, the weights last: they mark a finished run."""
     from workbench.environment import environment
     from workbench.files import write_json
-    from workbench.trial import backends_of
+    from workbench.model import backends_of
 
     config, team = run.config, run.team
     judged = team.evaluate(model, text, config.batch_size, config.seq_len)
