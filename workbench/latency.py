@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from math import fsum
 
 from workbench.builder import Builder
 from workbench.latency_fit import Correction, fit
@@ -109,7 +110,7 @@ class LatencyModel:
             lacking = tuple(dict.fromkeys(missing))
             return Prediction(seconds=None, lower_bound=bound, missing=lacking)
         assert frame.outside is not None
-        total = frame.overhead + frame.outside + sum(term.corrected for term in terms)
+        total = frame.overhead + frame.outside + fsum(term.corrected for term in terms)
         return Prediction(seconds=total, lower_bound=bound)
 
     def terms(self, layout: Layout, load: Load) -> dict[str, float] | None:

@@ -83,9 +83,9 @@ class _Chunked(torch.autograd.Function):
             loss, dlogits_CV = cross_entropy(logits_CV, targets_C, scaling, ignore_index, wanted)
             total += loss
             if dhidden_ND is not None and dweight_VD is not None:
-                del logits_CV
                 torch.mm(dlogits_CV, product_VD, out=dhidden_ND[rows])
                 _add_product(dweight_VD, dlogits_CV, hidden_CD)
+            del logits_CV, dlogits_CV  # before the next chunk's are made
         ctx.save_for_backward(dhidden_ND, dweight_VD)
         return total
 

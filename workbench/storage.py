@@ -46,6 +46,10 @@ UNREACHED = (
     ". Check its host, port, user, password and database; nothing was changed. --storage or "
     "WORKBENCH_STORAGE gives another."
 )
+UNOPENED = (
+    ". Its folder must be there and writable, and the file, if there is one, a SQLite database; "
+    "nothing was changed."
+)
 LOCKED = ". Another program holds the file: end that, or wait for it; nothing was changed."
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -89,7 +93,7 @@ def connect(store: Store, folder: Path, parent: Parent, notice: Notice) -> Patie
 def _advice(url: str, error: Exception) -> str:
     if not url.startswith("sqlite"):
         return UNREACHED
-    return LOCKED if "locked" in str(error) else ""
+    return LOCKED if "locked" in str(error) else UNOPENED
 
 
 def _opened(url: str) -> RDBStorage:

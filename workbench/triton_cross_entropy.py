@@ -31,8 +31,9 @@ def cross_entropy(
     rows, entries = logits_CV.shape
     if rows:
         cross_entropy_kernel[(rows,)](
-            *(logits_CV, targets_C, losses_C, ignore_index, 1.0 / scaling, logits_CV.stride(0)),
-            *(entries, gradients, min(ENTRIES, triton.next_power_of_2(entries)), STAGES),
+            *(logits_CV, targets_C.contiguous(), losses_C, ignore_index, 1.0 / scaling),
+            *(logits_CV.stride(0), entries, gradients),
+            *(min(ENTRIES, triton.next_power_of_2(entries)), STAGES),
             num_warps=WARPS,
         )
     return losses_C

@@ -42,6 +42,7 @@ from workbench.hookspecs import Register, hookimpl
 from workbench.layout import Layout
 from workbench.model import HybridLM
 from workbench.registry import Registry
+from workbench.storage_url import public_environment
 
 FORMAT = 1
 WEIGHTS, FACTS = "model.safetensors", "model.json"
@@ -130,7 +131,9 @@ def prove(model: HybridLM, builder: Builder, folder: Path) -> float:
         }
         Path(scratch, "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-I", __file__, str(Path(scratch, "request.json"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=public_environment(), capture_output=True, text=True, check=False
+        )
         if done.returncode:
             last = done.stderr.strip().splitlines()[-12:] or [f"exit status {done.returncode}"]
             raise WorkbenchError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,24 @@ def test_a_layer_from_a_plugin_folder_is_proved_from_its_file(monkeypatch, tmp_p
     with pytest.raises(WorkbenchError, match=r"logits differ by .* so nothing was kept"):
         export(model, builder, tmp_path / "other")
     assert not list(tmp_path.glob("*other*"))
+
+
+def test_the_process_that_proves_is_told_no_password(monkeypatch, tmp_path: Path) -> None:
+    """It imports plugins."""
+    told: dict[str, str] = {}
+    run = subprocess.run
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        told.update(named.get("env") or os.environ)
+        return run(*arguments, **named)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    monkeypatch.setenv("PGPASSWORD", "geheim")
+    monkeypatch.setenv("WORKBENCH_STORAGE", "postgresql://me:geheim@host/db")
+    builder = toy_builder()
+    export(make(toy_layout(), builder), builder, tmp_path / "out")
+    assert told["PATH"] == os.environ["PATH"]
+    assert not any("geheim" in value for value in told.values())
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:

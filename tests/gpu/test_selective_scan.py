@@ -39,8 +39,7 @@ pytestmark = [
 def poisoned_memory(monkeypatch):
     """Uninitialised memory holds NaN, so that forgetting to write an element shows."""
     if DEVICE == "cpu":  # programs are slow to start there
-        for name in ("FORWARD_CHANNELS", "BACKWARD_CHANNELS"):
-            monkeypatch.setattr(triton_selective_plan, name, 64)
+        monkeypatch.setattr(triton_selective_plan, "CHANNELS", 64)
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -49,6 +50,7 @@ def free_port() -> int:
         ({"runtime.address": "127.0.0.1:{port}"}, "no Ray cluster answers at 127.0.0.1:.*refused"),
         ({"runtime.address": "ray://127.0.0.1:{port}"}, "no Ray cluster answers at ray://"),
         ({"runtime.address": "cluster"}, "is not auto, host:port or ray://host:port"),
+        ({"runtime.address": "http://127.0.0.1:80"}, "is not auto, host:port or ray://host:port"),
     ],
 )
 def test_a_cluster_that_cannot_be_reached(study_data, runs, changes, words):
@@ -59,6 +61,36 @@ def test_a_cluster_that_cannot_be_reached(study_data, runs, changes, words):
     assert time.monotonic() - began < 30
     assert not (runs / "toys").exists()
     assert not list((runs / ".cache").glob("ray-*"))
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not Ray"), (b"", "is not Ray"), (None, "timed out")],
+)
+def test_what_listens_at_an_address_may_be_something_else(
+    study_data, runs, monkeypatch, scheme, answer, words
+):
+    """Ray itself waits for minutes for a server that is none of its own."""
+    monkeypatch.setattr("workbench.executors.ray.REACH", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                if answer is None:
+                    connection.recv(1000)  # until the other side has gone
+                else:
+                    connection.sendall(answer)
+
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(WorkbenchError, match=f"no Ray cluster answers at {address}: .*{words}"):
+            run_study(make_config(study_data, **RAY, **{"runtime.address": address}), runs)
+        thread.join(10)
+    assert not (runs / "toys").exists()
 
 
 def test_an_address_is_of_ray(study_data):

@@ -108,8 +108,8 @@ def test_a_database_locked_at_the_start_is_a_message_and_leaves_nothing(tmp_path
 def test_a_file_that_is_no_database_is_a_message(tmp_path):
     (tmp_path / "shared.db").write_text("of no use " * 200)
     for name, words in (
-        ("shared.db", r"cannot open .*not a database"),
-        ("nowhere/shared.db", r"cannot open .*unable to open database file"),
+        ("shared.db", r"cannot open .*not a database.*the file, if there is one, a SQLite"),
+        ("nowhere/shared.db", r"cannot open .*unable to open database file.*Its folder must be"),
     ):
         with pytest.raises(WorkbenchError, match=words):
             try_to_open(tmp_path / "books", Store(f"sqlite:///{tmp_path}/{name}"))

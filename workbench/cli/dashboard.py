@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +33,9 @@ def dashboard(
     import subprocess
 
     from workbench.records import load_study, runs_folder
+    from workbench.storage_url import public_environment
 
-    environment = {**os.environ, "WORKBENCH_RUNS": str(runs_folder(runs).resolve())}
+    environment = {**public_environment(), "WORKBENCH_RUNS": str(runs_folder(runs).resolve())}
     if study is not None:
         environment["WORKBENCH_STUDY"] = load_study(study, runs).name
     page = Path(__file__).parents[1] / "dashboard" / "app.py"

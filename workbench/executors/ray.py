@@ -13,6 +13,7 @@ import secrets
 import socket
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ REACH = 5.0  # seconds for a connection to a cluster's port
 CHECK = 120.0  # seconds for all nodes to say whether they share the runs folder
 TURN = 0.5  # seconds between looks at a pressed Ctrl-C, and at the nodes
 STOPPING = 10.0  # seconds for a slot to end its worker
+TOKEN = "RAY_AUTH_MODE"  # how Ray is told that its clusters ask for one
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # HTTP/2's first frame of both sides, here an empty one (RFC 9113)
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS  # Ray's servers speak gRPC
 STORE = 100 * 2**20  # bytes of a local cluster's object store, which only ever holds JSON
 
 
@@ -89,10 +93,10 @@ def _connect(ray: Any, address: str | None, cpus: int | None) -> None:
                         **quiet,
                     )
             else:
-                _refuse_closed_port(address)
-                ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+                _refuse_others(address)
+                _join(ray, address, quiet)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = _first_line(error)
         if address is None:
             raise WorkbenchError(f"no Ray cluster could be started here: {reason}") from None
         raise WorkbenchError(
@@ -101,14 +105,43 @@ def _connect(ray: Any, address: str | None, cpus: int | None) -> None:
         ) from None
 
 
-def _refuse_closed_port(address: str) -> None:
-    """Ray itself would try for a minute."""
-    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError) as error:
+        if TOKEN in os.environ:
+            raise
+        # To an address that it is given Ray sends no token by itself, and says no more than this.
+        raise ConnectionError(
+            f"{_first_line(error)}; if it asks for a token: {TOKEN}=token"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _refuse_others(address: str) -> None:
+    """Refuse an address at which no Ray listens: Ray itself would try for minutes.
+
+    Raises:
+        OSError, ValueError: what is wrong with it.
+    """
     if address == "auto":
         return
-    if not port.isdigit():
+    scheme, _, rest = address.rpartition("://")
+    host, _, port = rest.partition("/")[0].rpartition(":")
+    if scheme not in ("", "ray") or not port.isdigit():
         raise ValueError("the address is not auto, host:port or ray://host:port")
-    socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    with socket.create_connection((host.strip("[]"), int(port)), REACH) as there:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return  # what is said there is said under TLS
+        there.sendall(GREETING)
+        with there.makefile("rb") as answer:
+            if answer.read(len(SETTINGS))[3:4] != SETTINGS[3:4]:
+                raise ValueError("what listens there is not Ray")
+    if scheme and find_spec("grpc") is None:
+        raise ValueError("ray:// needs Ray's client: pip install 'ray[client]'")
 
 
 @dataclasses.dataclass

@@ -49,8 +49,8 @@ def segment_adjoints(
     bias_D = load_channel(bias, d_D, mask_D, HAS_BIAS)
     first = s * segment
     t = first + (tl.cdiv(tl.minimum(first + segment, L) - first, CHUNK) - 1) * CHUNK
-    dy_D = dy + (batch * dy_b + t * DY_ROW) + d_D
-    delta_D = delta + (batch * delta_b + t * DELTA_ROW) + d_D
+    dy_D = dy + (batch * dy_b + t.to(tl.int64) * DY_ROW) + d_D
+    delta_D = delta + (batch * delta_b + t.to(tl.int64) * DELTA_ROW) + d_D
     row = packed + (batch * L + t) * N
     if HAS_SEQ:
         seq += batch * seq_b
@@ -97,7 +97,7 @@ def advance(h_ND, u_D, delta_D, pair_ND, seq, t, L, A2_ND, HAS_SEQ: tl.constexpr
 @triton.jit
 def token_gradients(
     carry_ND, before_ND, after_ND, factor_ND, A2_ND, pair_ND, input_D, step_D, up_D,
-    N: tl.constexpr, ASSEMBLY: tl.constexpr, EXACT: tl.constexpr,
+    ASSEMBLY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One token, given the states before and after it and the adjoint of the latter.
 
@@ -110,7 +110,7 @@ def token_gradients(
     carry_ND = g_ND * factor_ND
     dexponent_ND = carry_ND * before_ND
     dstep_D = tl.sum(dexponent_ND * A2_ND, 0) * LN_2
-    sums = sum_channels(g_ND, step_D * input_D, after_ND, up_D, N, ASSEMBLY, EXACT)
+    sums = sum_channels(g_ND, step_D * input_D, after_ND, up_D, ASSEMBLY, EXACT)
     return carry_ND, dexponent_ND, dx_D, dstep_D, sums
 
 
@@ -169,9 +169,9 @@ def scan_backward(
     first = s * segment
     chunk = first + (tl.cdiv(tl.minimum(first + segment, L) - first, CHUNK) - 1) * CHUNK
     # Addresses of the token or chunk at hand, all of which go down together.
-    u_D = u + (batch * u_b + chunk * U_ROW) + d_D
-    delta_D = delta + (batch * delta_b + chunk * DELTA_ROW) + d_D
-    dy_D = dy + (batch * dy_b + chunk * DY_ROW) + d_D
+    u_D = u + (batch * u_b + chunk.to(tl.int64) * U_ROW) + d_D
+    delta_D = delta + (batch * delta_b + chunk.to(tl.int64) * DELTA_ROW) + d_D
+    dy_D = dy + (batch * dy_b + chunk.to(tl.int64) * DY_ROW) + d_D
     du_D = du + (batch * L + chunk) * D_SIZE + d_D
     ddelta_D = ddelta + (batch * L + chunk) * D_SIZE + d_D
     row = packed + (batch * L + chunk) * N
@@ -217,7 +217,7 @@ def scan_backward(
             input_D, up_D = us[j].to(tl.float32), dys[j].to(tl.float32)
             carry_ND, dexponent_ND, dx_D, draw_D, sums_ND = token_gradients(
                 *(carry_ND, before_ND, after_ND, factor_ND, A2_ND, pair_ND),
-                *(input_D, deltas[j], up_D, N, ASSEMBLY, EXACT),
+                *(input_D, deltas[j], up_D, ASSEMBLY, EXACT),
             )
             dA_ND += dexponent_ND * deltas[j][None, :]
             draw_D = (draw_D + input_D * dx_D) * slopes[j]

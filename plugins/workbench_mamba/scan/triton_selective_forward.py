@@ -71,8 +71,8 @@ def segment_states(
     bias_D = load_channel(bias, d_D, mask_D, HAS_BIAS)
     first = s * segment
     last = first + segment
-    u_D = u + (batch * u_b + first * U_ROW) + d_D
-    delta_D = delta + (batch * delta_b + first * DELTA_ROW) + d_D
+    u_D = u + (batch * u_b + first.to(tl.int64) * U_ROW) + d_D
+    delta_D = delta + (batch * delta_b + first.to(tl.int64) * DELTA_ROW) + d_D
     row = packed + (batch * L + first) * N
     if HAS_SEQ:
         seq += batch * seq_b
@@ -136,8 +136,8 @@ def scan_forward(
         )
     first = s * segment
     last = tl.minimum(first + segment, L)
-    u_D = u + (batch * u_b + first * U_ROW) + d_D
-    delta_D = delta + (batch * delta_b + first * DELTA_ROW) + d_D
+    u_D = u + (batch * u_b + first.to(tl.int64) * U_ROW) + d_D
+    delta_D = delta + (batch * delta_b + first.to(tl.int64) * DELTA_ROW) + d_D
     row = packed + (batch * L + first) * N
     here = (batch * L + first) * D_SIZE
     kept_D = checkpoints + (batch * K + first // CHUNK) * (N_SIZE * D_SIZE) + d_D + zero
@@ -145,7 +145,7 @@ def scan_forward(
     raw = load_tokens(delta_D, DELTA_ROW, first, L, mask_D, CHUNK, WHOLE, EVEN)
     pairs = load_rows(row, N, BD, CHUNK)
     if HAS_Z:
-        z_D = z + (batch * z_b + first * Z_ROW) + d_D
+        z_D = z + (batch * z_b + first.to(tl.int64) * Z_ROW) + d_D
         gated_D = gated + here + d_D
         zs = load_tokens(z_D, Z_ROW, first, L, mask_D, CHUNK, WHOLE, EVEN)
     if PLAIN:

@@ -17,9 +17,7 @@ CUT = tl.constexpr(1.0 + 0.72 * 2.0**-11)
 
 
 @triton.jit
-def sum_channels(
-    g_ND, x_D, h_ND, dy_D, N: tl.constexpr, ASSEMBLY: tl.constexpr, EXACT: tl.constexpr
-):
+def sum_channels(g_ND, x_D, h_ND, dy_D, ASSEMBLY: tl.constexpr, EXACT: tl.constexpr):
     """The sums of g x and of h dy over the 16 channels of a warp, as `store_sums` takes them."""
     if ASSEMBLY:
         if EXACT:
