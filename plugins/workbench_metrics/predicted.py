@@ -1,7 +1,8 @@
 """Latency predicted from a table of single layers: known before anything is built.
 
 The table is measured by `workbench latency`; how it predicts is in `workbench.latency`. Predicted
-figures have names of their own and never stand in for measured ones.
+figures have names of their own and never stand in for measured ones; beside a measured one they
+tell how far such a table can be believed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,32 @@ from workbench_metrics.config import AUTO, Predicted, PredictedDecode, Predicted
 if TYPE_CHECKING:
     from workbench.latency import LatencyModel
     from workbench.latency_machine import Phase
+
+
+def report_prediction(subject: Subject, phase: Phase, batch_size: int, length: int) -> None:
+    """Leave `predicted_ms` beside a measured time, where this machine's table knows the layout.
+
+    A table that cannot be used leaves a note; none, or parts that it lacks, leave nothing.
+    """
+    from workbench.latency import LatencyModel
+    from workbench.latency_machine import Machine
+    from workbench.latency_table import LatencyTable
+    from workbench.measuring import stepper_of
+
+    timer, _ = stepper_of("auto", subject.device)
+    dtype = str(subject.built.embedding.weight.dtype).removeprefix("torch.")
+    folder, machine = folder_of(subject), Machine.here(subject.device, dtype, timer, None)
+    if not (folder / f"{machine.slug}.json").exists():
+        return
+    try:
+        table = LatencyTable.open(folder, machine)
+    except WorkbenchError as error:
+        subject.notes["predicted"] = str(error)
+        return
+    model = LatencyModel.fitted(table, subject.builder)
+    prediction = model.predict(subject.layout, phase, batch_size, length)
+    if prediction.seconds is not None:
+        subject.extras["predicted_ms"] = prediction.seconds * 1000
 
 
 class _PredictedMilliseconds(Metric):

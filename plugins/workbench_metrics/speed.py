@@ -3,7 +3,7 @@
 How it is timed is in `workbench.measuring`; on a CUDA device decode steps are replayed as a graph
 where the model can be captured, and a note beside the figure says so, or why not. Each metric
 leaves the spread beside its median, and beside both the least time that the device allows
-(`workbench.roofline`), with MFU and MBU.
+(`workbench.roofline`), with MFU and MBU, and what a latency table of this machine predicts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from workbench.model import HybridLM
 from workbench.training_config import TrainingConfig
 from workbench_metrics.bounds import report_bound
 from workbench_metrics.config import Decode, Generate, Peak, Prefill, Throughput
+from workbench_metrics.predicted import report_prediction
 
 
 class DecodeMilliseconds(Metric):
@@ -59,6 +60,7 @@ class PrefillMilliseconds(Metric):
         timing = _prefill(subject, batch_size, length)
         _report(subject, timing)
         report_bound(subject, "prefill", batch_size, length, timing.median)
+        report_prediction(subject, "prefill", batch_size, length)
         return timing.median * 1000
 
 
@@ -161,6 +163,7 @@ def _decode(subject: Subject, config: Decode) -> Timing:
     )
     _report(subject, timing)
     report_bound(subject, "decode", config.batch_size, config.context, timing.median)
+    report_prediction(subject, "decode", config.batch_size, config.context)
     return timing
 
 

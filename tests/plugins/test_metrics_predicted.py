@@ -94,6 +94,33 @@ def test_predictions_come_from_this_machine_s_table(builder: Builder, tmp_path: 
     assert figure == pytest.approx(512 * 7, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"), [("decode_ms", {"context": 9, "tokens": 2}), ("prefill_ms", {"length": 9})]
+)
+def test_a_prediction_stands_beside_what_was_measured(
+    builder: Builder, tmp_path: Path, name: str, config: dict[str, int]
+) -> None:
+    layout = hybrid()
+    model = builder.build(layout)
+
+    def measured(**config: int) -> tuple[float, Subject]:
+        subject = subject_of(builder, layout, model=model)
+        return measure(builder, name, subject, **config), subject
+
+    assert "predicted_ms" not in measured(**config)[1].extras  # there is no table
+    loads = [Load(phase="decode", length=9), Load(phase="prefill", length=9)]
+    table = fill(latency_folder(tmp_path / ".cache"), builder, layout, *loads)
+    figure, subject = measured(**config)
+    assert subject.extras["predicted_ms"] == pytest.approx(9 * 7, rel=1e-6)
+    assert figure != pytest.approx(9 * 7, rel=0.1)  # a toy's, in milliseconds
+    another = {key: value + 1 for key, value in config.items()}
+    assert "predicted_ms" not in measured(**another)[1].extras  # no such length is known
+    table.path.write_text("{}")
+    subject = measured(**config)[1]
+    assert "predicted_ms" not in subject.extras
+    assert "delete it" in subject.notes["predicted"]
+
+
 def test_predictions_without_a_table_say_how_to_get_one(builder: Builder, tmp_path: Path) -> None:
     subject = subject_of(builder, hybrid())
     with pytest.raises(WorkbenchError, match="there is no latency table") as error:
