@@ -50,7 +50,9 @@ def linear_cross_entropy(
         hidden_ND = hidden_ND.to(dtype)
     chunk = chunk or max(1, CHUNK_ELEMENTS // len(weight_VD))
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        arguments = (hidden_ND, weight_VD, targets_N, scaling, ignore_index, chunk)
+        # Within a Function it no longer shows whether gradients are recorded.
+        wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+        arguments = (hidden_ND, weight_VD, targets_N, scaling, ignore_index, chunk, wanted)
         total: Tensor = _Chunked.apply(*arguments)  # type: ignore[no-untyped-call]
     if reduction == "sum":
         return total
@@ -69,11 +71,11 @@ class _Chunked(torch.autograd.Function):
         scaling: float,
         ignore_index: int,
         chunk: int,
+        wanted: bool,
     ) -> Tensor:
         cross_entropy = _function(cross_entropy_backend(hidden_ND.device.type), hidden_ND.is_cuda)
         product_VD = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad[:2])
         dhidden_ND = torch.empty_like(hidden_ND) if wanted else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
         for begin in range(0, len(hidden_ND), chunk):
@@ -92,7 +94,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_ND, dweight_VD = ctx.saved_tensors
-        return (dhidden_ND * scale).to(dhidden_ND.dtype), dweight_VD * scale, None, None, None, None
+        return (dhidden_ND * scale).to(dhidden_ND.dtype), dweight_VD * scale, *(None,) * 5
 
 
 def _add_product(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
