@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TypeVar
 
 import pytest
 
@@ -24,36 +27,40 @@ def _few_objects_to_look_through() -> None:
     gc.freeze()
 
 
+Stand = TypeVar("Stand", Proofs, Checks, Sources)
+
+
+@contextmanager
+def _in_place_of(module: ModuleType, name: str, found: Stand) -> Iterator[Stand]:
+    """What a module calls by that name; closed afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, found)
+        yield found
+    found.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proofs]:
     """Where the Hugging Face exporter proves its folders, when it runs in a test's process."""
     from workbench_export import proof
 
-    source = Proofs(tmp_path_factory.mktemp("prepared"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "subprocess", source)
-        yield source
-    source.close()
+    folder = tmp_path_factory.mktemp("prepared")
+    with _in_place_of(proof, "subprocess", Proofs(folder)) as found:
+        yield found
 
 
 @pytest.fixture(scope="session", autouse=True)
 def checks() -> Iterator[Checks]:
     """Where plugins are checked, when a test's process asks for that."""
-    source = Checks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watching, "subprocess", source)
-        yield source
-    source.close()
+    with _in_place_of(watching, "subprocess", Checks()) as found:
+        yield found
 
 
 @pytest.fixture(scope="session", autouse=True)
 def sources() -> Iterator[Sources]:
     """What the workers of studies that run in a test's process are forked from."""
-    found = Sources()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "ForkSource", found)
+    with _in_place_of(process, "ForkSource", Sources()) as found:
         yield found
-    found.close()
 
 
 @pytest.fixture
